@@ -1,0 +1,158 @@
+"""Sana: names and config of diffusers' SanaTransformer2DModel <-> ours (numerics.md 2.1, 3.1)."""
+
+from sana_jax.checkpoints import rules
+from sana_jax.checkpoints.rules import DEPTHWISE, LINEAR, POINTWISE, Rule, dense
+from sana_jax.errors import CheckpointError, InputError
+
+BLOCK = "transformer_blocks.{i}"
+CROSS_HEADS = {1152: 16, 2240: 20}  # published widths; names and shapes do not tell these
+
+
+def diffusers_rules(heads, cross_heads, qk_norm, guidance_embed):
+    """The total table of one structure; heads are those of the linear and the cross attention."""
+    time = "time_embed" if guidance_embed else "time_embed.emb"
+
+    def packed(torch, flax, parts, heads, bias):
+        for part, name in enumerate(parts):
+            yield Rule(f"{torch}.{name}.weight", f"{flax}/kernel", rules.packed_kernel(part, len(parts), heads))
+            if bias:
+                yield Rule(f"{torch}.{name}.bias", f"{flax}/bias", rules.packed_bias(part, len(parts), heads))
+
+    table = [
+        *dense("patch_embed.proj", "patch_embed", layout=POINTWISE),
+        *dense(f"{time}.timestep_embedder.linear_1", "time_embed/mlp_1"),
+        *dense(f"{time}.timestep_embedder.linear_2", "time_embed/mlp_2"),
+        *dense("time_embed.linear", "time_embed/modulation"),
+        *dense("caption_projection.linear_1", "caption_embed/mlp_1"),
+        *dense("caption_projection.linear_2", "caption_embed/mlp_2"),
+        Rule("caption_norm.weight", "caption_embed/norm/scale"),
+        Rule(f"{BLOCK}.scale_shift_table", "blocks/modulation"),
+        *packed(f"{BLOCK}.attn1", "blocks/self_attn/qkv", ("to_q", "to_k", "to_v"), heads, bias=False),
+        *dense(f"{BLOCK}.attn1.to_out.0", "blocks/self_attn/out"),
+        *dense(f"{BLOCK}.attn2.to_q", "blocks/cross_attn/query"),
+        *packed(f"{BLOCK}.attn2", "key_value/kv", ("to_k", "to_v"), cross_heads, bias=True),
+        *dense(f"{BLOCK}.attn2.to_out.0", "blocks/cross_attn/out"),
+        *dense(f"{BLOCK}.ff.conv_inverted", "blocks/mix_ffn/expand", layout=POINTWISE),
+        *dense(f"{BLOCK}.ff.conv_depth", "blocks/mix_ffn/depthwise", layout=DEPTHWISE),
+        *dense(f"{BLOCK}.ff.conv_point", "blocks/mix_ffn/project", bias=False, layout=POINTWISE),
+        Rule("scale_shift_table", "head/modulation"),
+        *dense("proj_out", "head/out", layout=LINEAR),
+    ]
+    if qk_norm:
+        table += [
+            Rule(f"{BLOCK}.attn1.norm_q.weight", "blocks/self_attn/query_norm/scale"),
+            Rule(f"{BLOCK}.attn1.norm_k.weight", "blocks/self_attn/key_norm/scale"),
+            Rule(f"{BLOCK}.attn2.norm_q.weight", "blocks/cross_attn/query_norm/scale"),
+            Rule(f"{BLOCK}.attn2.norm_k.weight", "key_value/key_norm/scale"),
+        ]
+    if guidance_embed:
+        table += [
+            *dense("time_embed.guidance_embedder.linear_1", "time_embed/guidance_1"),
+            *dense("time_embed.guidance_embedder.linear_2", "time_embed/guidance_2"),
+        ]
+    return table
+
+
+# Keys of transformer/config.json that are the same in every published model.
+FIXED = {
+    "patch_size": 1,
+    "attention_bias": False,
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "timestep_scale": 1.0,
+    "guidance_embeds_scale": 0.1,
+}
+
+
+def config_fields(config, source="transformer/config.json"):
+    """transformer/config.json of diffusers -> fields of `Sana`.
+
+    Absent keys take diffusers' defaults; keys that diffusers itself ignores are ignored.
+    Raises InputError: another class, or a value that no SANA has.
+    """
+    name = config.get("_class_name", "SanaTransformer2DModel")
+    if name != "SanaTransformer2DModel":
+        raise InputError(f"{source}: _class_name={name!r}, must be 'SanaTransformer2DModel': is this the right folder?")
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{source}: {key}={config[key]!r}, must be {value!r}")
+    heads, dim = config.get("num_attention_heads", 70), config.get("attention_head_dim", 32)
+    width = heads * dim
+    cross_heads = config.get("num_cross_attention_heads", 20)
+    cross_dim = config.get("cross_attention_head_dim", 112)
+    if cross_heads * cross_dim != width:
+        raise InputError(
+            f"{source}: num_cross_attention_heads={cross_heads} * cross_attention_head_dim={cross_dim} "
+            f"must be {width} = num_attention_heads * attention_head_dim"
+        )
+    channels = config.get("in_channels", 32)
+    if config.get("out_channels", channels) not in (channels, None):
+        raise InputError(f"{source}: out_channels={config['out_channels']!r}, must be in_channels={channels}")
+    norm = config.get("qk_norm")
+    if norm not in (None, "rms_norm_across_heads"):
+        raise InputError(f"{source}: qk_norm={norm!r}, must be null or 'rms_norm_across_heads'")
+    return {
+        "width": width,
+        "depth": config.get("num_layers", 20),
+        "heads": heads,
+        "cross_heads": cross_heads,
+        "ffn_ratio": config.get("mlp_ratio", 2.5),
+        "latent_channels": channels,
+        "caption_width": config.get("caption_channels", 2304),
+        "sample_size": config.get("sample_size", 32),
+        "position_scale": config.get("interpolation_scale"),
+        "qk_norm": norm is not None,
+        "guidance_embed": bool(config.get("guidance_embeds", False)),
+    }
+
+
+def to_config(fields):
+    """Fields of `Sana` -> transformer/config.json of diffusers."""
+    width, cross = fields["width"], fields["cross_heads"]
+    return FIXED | {
+        "_class_name": "SanaTransformer2DModel",
+        "in_channels": fields["latent_channels"],
+        "out_channels": fields["latent_channels"],
+        "num_attention_heads": fields["heads"],
+        "attention_head_dim": width // fields["heads"],
+        "num_layers": fields["depth"],
+        "num_cross_attention_heads": cross,
+        "cross_attention_head_dim": width // cross,
+        "cross_attention_dim": width,
+        "caption_channels": fields["caption_width"],
+        "mlp_ratio": fields["ffn_ratio"],
+        "sample_size": fields["sample_size"],
+        "interpolation_scale": fields["position_scale"],
+        "qk_norm": "rms_norm_across_heads" if fields["qk_norm"] else None,
+        "guidance_embeds": fields["guidance_embed"],
+    }
+
+
+def infer_fields(header, overrides=()):
+    """Structure from the names and shapes of a file without a config.
+
+    `header` is {name: (shape, dtype)}.  The position embedding and the sample size leave no trace in
+    the weights, and the number of cross-attention heads only at published widths; `overrides` are
+    field names that the caller sets.
+    Raises CheckpointError: not a SANA transformer.  InputError: cross_heads must be given.
+    """
+    try:
+        width, channels = header["patch_embed.proj.weight"][0][:2]
+        caption_width = header["caption_projection.linear_1.weight"][0][1]
+        hidden = header["transformer_blocks.0.ff.conv_point.weight"][0][1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"not a SANA transformer in diffusers names: {error} is absent or odd") from error
+    if width not in CROSS_HEADS and "cross_heads" not in overrides:
+        raise InputError(f"cross_heads: width {width} is not a published one ({sorted(CROSS_HEADS)}); pass cross_heads=")
+    return {
+        "width": width,
+        "depth": rules.layer_count(f"{BLOCK}.scale_shift_table", header),
+        "heads": width // 32,  # 32 channels in every published model
+        "cross_heads": CROSS_HEADS.get(width),
+        "ffn_ratio": hidden / width,
+        "latent_channels": channels,
+        "caption_width": caption_width,
+        "qk_norm": "transformer_blocks.0.attn1.norm_q.weight" in header,
+        "guidance_embed": "time_embed.guidance_embedder.linear_1.weight" in header,
+    }

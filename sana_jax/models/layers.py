@@ -1,0 +1,101 @@
+"""Small layers that several models share.
+
+Parameters live in `param_dtype`, activations in `dtype`; normalisation runs in float32 and rounds
+once, where it hands over (house.md section 4, rule 8).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sana_jax import ops
+
+
+def layer_norm(x, eps=1e-6):
+    """(x - mean) / sqrt(var + eps) over channels, no affine.  float32 in, out and between."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rms_norm(x, scale, eps, axes=(-1,)):
+    """x / sqrt(mean(x^2 over `axes`) + eps) * scale.  float32 inside, the dtype of x outside."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the last axis, with weight and optionally bias (`trms2d` of DC-AE)."""
+
+    eps: float = 1e-5
+    use_bias: bool = False
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        x32 = x32 * scale.astype(jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            x32 = x32 + bias.astype(jnp.float32)
+        return x32.astype(x.dtype)
+
+
+def torch_conv_init(fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what an untrained torch convolution and its bias hold."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise k x k convolution on [b h w c]; its kernel is [k, k, c]."""
+
+    size: int = 3
+    use_bias: bool = True
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels, init = x.shape[-1], torch_conv_init(self.size**2)
+        kernel = self.param("kernel", init, (self.size, self.size, channels), self.param_dtype)
+        bias = self.param("bias", init, (channels,), self.param_dtype) if self.use_bias else None
+        return ops.depthwise_conv(x, kernel, bias)
+
+
+class GLUMBConv(nn.Module):
+    """Mix-FFN: 1x1 expansion to 2h, SiLU, depthwise 3x3, value * SiLU(gate), 1x1 projection.
+
+    SiLU acts twice: on all 2h channels before the convolution, and on the gate after it
+    (numerics.md 1.5).  The projection has no bias.  [b h w d] -> [b h w d].
+    """
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        expand, project = (
+            functools.partial(
+                nn.Dense,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=torch_conv_init(fan_in),
+                bias_init=torch_conv_init(fan_in),
+            )
+            for fan_in in (width, self.hidden)
+        )
+        x = nn.silu(expand(2 * self.hidden, name="expand")(x))
+        x = DepthwiseConv(param_dtype=self.param_dtype, name="depthwise")(x)
+        value, gate = jnp.split(x, 2, axis=-1)
+        return project(width, use_bias=False, name="project")(value * nn.silu(gate))

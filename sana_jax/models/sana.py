@@ -1,0 +1,391 @@
+"""Sana: a linear diffusion transformer (https://arxiv.org/abs/2410.10629).
+
+Shapes: b batch, h w latent grid, n = h * w tokens, d width, m caption tokens, k heads, c channels
+of a head, l layers.  Every equation is in numerics.md section 1.
+
+Of the network's four inputs only the latent changes between steps of one picture.  So the module is
+cut where that matters: `embed_text` makes the keys and values of all layers, `embed_time` the
+modulation of any number of times, and `velocity` is what is left inside the sampling loop.
+`__call__` composes the three.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sana_jax import ops
+from sana_jax.models.layers import GLUMBConv, RMSNorm, layer_norm, rms_norm
+
+FLOAT16_MAX = 65504.0
+HIDDEN_TOKEN = -10000.0  # additive logit of a masked token; finite on purpose, see ops.cross_attention
+NORM_EPS = 1e-5  # every learned RMSNorm of the network, except cross-attention under NVlabs
+
+xavier = nn.initializers.xavier_uniform()
+small = nn.initializers.normal(0.02)
+
+
+@struct.dataclass
+class Time:
+    """What the network knows of a time: `embedding` [... d] and six modulation `rows` [... 6 d]."""
+
+    embedding: jnp.ndarray
+    rows: jnp.ndarray
+
+
+@struct.dataclass
+class Text:
+    """What the network knows of a caption: `kv` [l b m k 2c] of all layers and `bias` [b m]."""
+
+    kv: jnp.ndarray
+    bias: jnp.ndarray
+
+
+def modulate(x, shift, scale):
+    """adaLN: LayerNorm(x) (1 + scale) + shift, in float32 until the one rounding to x's dtype."""
+    shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
+    return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
+
+
+def add_gated(x, gate, y):
+    """x + gate * y with one rounding."""
+    out = x.astype(jnp.float32) + gate.astype(jnp.float32) * y.astype(jnp.float32)
+    return out.astype(x.dtype)
+
+
+def sinusoid(t, size=256, base=10_000.0):
+    """[...] -> [... size], cosines first (numerics.md 1.3), float32.
+
+    t * f reaches 999 rad, where one ulp of f is 6e-5 of phase.  Rounding the exponent as float32
+    arithmetic does and taking the exponential in float64 lands nearest to torch's own table.
+    """
+    half = size // 2
+    exponent = np.float32(-np.log(base)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angle = t.astype(jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def position_embedding(height, width, size, scale, channels):
+    """Fixed 2-D sin-cos embedding of the 2K and 4K models, [h w d] float32 (numerics.md 1.2).
+
+    The column fills the first half of the channels.  Coordinates are divided by height / size and
+    width / size: a grid of any shape spans [0, size / scale) in both directions.
+    """
+    omega = 10_000.0 ** (-np.arange(channels // 4) / (channels / 4))
+
+    def axis(length):  # coordinates in float32, then float64, as published
+        p = np.arange(length, dtype=np.float32) / np.float32(length / size) / np.float32(scale)
+        angle = p.astype(np.float64)[:, None] * omega
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+    column = jnp.broadcast_to(axis(width)[None], (height, width, channels // 2))
+    row = jnp.broadcast_to(axis(height)[:, None], (height, width, channels // 2))
+    return jnp.concatenate([column, row], axis=-1)
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoid -> MLP, plus the same of a guidance scale (Sprint); then the modulation rows."""
+
+    width: int
+    guidance: bool
+    integer: bool
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t, guidance):
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
+        )
+
+        def embed(x, name, last_init=small):
+            x = dense(self.width, name=f"{name}_1")(sinusoid(x).astype(self.dtype))
+            return dense(self.width, name=f"{name}_2", kernel_init=last_init)(nn.silu(x))
+
+        x = embed(jnp.trunc(t.astype(jnp.float32)) if self.integer else t, "mlp")
+        if self.guidance:
+            if guidance is None:
+                raise ValueError("guidance=None: this model embeds guidance, pass 0.1 * scale, [b]")
+            x = x + embed(guidance, "guidance", nn.initializers.zeros)
+        rows = dense(6 * self.width, name="modulation")(nn.silu(x))
+        return Time(x, rows.reshape(*t.shape, 6, self.width))
+
+
+class CaptionEmbed(nn.Module):
+    """Text encoder states [b m 2304] -> [b m d], RMS-normalised."""
+
+    width: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, states):
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
+        )
+        x = nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True)
+        x = dense(self.width, name="mlp_2")(x)
+        return RMSNorm(
+            NORM_EPS, scale_init=nn.initializers.constant(0.01), param_dtype=self.param_dtype, name="norm"
+        )(x)
+
+
+class KeyValue(nn.Module):
+    """Cross-attention keys and values of one layer, [b m d] -> [b m k 2c]; mapped over layers."""
+
+    heads: int
+    qk_norm: bool
+    norm_eps: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, text):
+        b, m, d = text.shape
+        kv = nn.Dense(
+            2 * d, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="kv"
+        )(text)
+        kv = kv.reshape(b, m, self.heads, -1)
+        if self.qk_norm:
+            key, value = jnp.split(kv, 2, axis=-1)
+            key = HeadNorm(self.norm_eps, self.param_dtype, name="key_norm")(key)
+            kv = jnp.concatenate([key, value], axis=-1)
+        return kv
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of [... k c] over all heads and channels at once (SANA-1.5, Sprint)."""
+
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        k, c = x.shape[-2:]
+        scale = self.param("scale", nn.initializers.ones, (k * c,), self.param_dtype)
+        return rms_norm(x, scale.reshape(k, c), self.eps, axes=(-2, -1))
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention over the grid, [b h w d] -> [b h w d]."""
+
+    heads: int
+    qk_norm: bool
+    eps: float
+    clamp: bool
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        b, h, w, d = x.shape
+        dense = functools.partial(
+            nn.Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        qkv = dense(3 * d, use_bias=False, name="qkv")(x).reshape(b, h * w, self.heads, -1)
+        if self.qk_norm:
+            q, k, v = jnp.split(qkv, 3, axis=-1)
+            q = HeadNorm(NORM_EPS, self.param_dtype, name="query_norm")(q)
+            k = HeadNorm(NORM_EPS, self.param_dtype, name="key_norm")(k)
+            qkv = jnp.concatenate([q, k, v], axis=-1)
+        out = ops.relu_linear_attention(qkv, self.eps)
+        out = dense(d, name="out")(out.reshape(b, h, w, d))
+        if self.clamp or out.dtype == jnp.float16:
+            out = jnp.clip(out, -FLOAT16_MAX, FLOAT16_MAX)
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the grid over caption tokens; no norm, gate or modulation around it."""
+
+    heads: int
+    qk_norm: bool
+    norm_eps: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, kv, bias):
+        b, h, w, d = x.shape
+        dense = functools.partial(
+            nn.Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        q = dense(d, name="query")(x).reshape(b, h * w, self.heads, -1)
+        if self.qk_norm:
+            q = HeadNorm(self.norm_eps, self.param_dtype, name="query_norm")(q)
+        out = ops.cross_attention(q, kv, bias)
+        return dense(d, name="out")(out.reshape(b, h, w, d))
+
+
+class SanaBlock(nn.Module):
+    """h += gate Attn(mod(h));  h += CrossAttn(h, text);  h += gate FFN(mod(h))."""
+
+    heads: int
+    cross_heads: int
+    hidden: int
+    qk_norm: bool
+    attention_eps: float
+    cross_norm_eps: float
+    clamp: bool
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, kv, rows, bias):
+        d, types = x.shape[-1], (self.dtype, self.param_dtype)
+        table = self.param("modulation", nn.initializers.normal(d**-0.5), (6, d), self.param_dtype)
+        rows = (table + rows)[:, :, None, None]  # [b 6 1 1 d]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(rows, 1, 0)
+
+        attention = LinearAttention(
+            self.heads, self.qk_norm, self.attention_eps, self.clamp, *types, name="self_attn"
+        )
+        x = add_gated(x, gate_a, attention(modulate(x, shift_a, scale_a)))
+        x = x + CrossAttention(
+            self.cross_heads, self.qk_norm, self.cross_norm_eps, *types, name="cross_attn"
+        )(x, kv, bias)
+        ffn = GLUMBConv(self.hidden, *types, name="mix_ffn")
+        x = add_gated(x, gate_f, ffn(modulate(x, shift_f, scale_f)))
+
+        # Read by diagnose.py; costs nothing unless "intermediates" is asked for.
+        self.sow("intermediates", "absmax", jnp.max(jnp.abs(x)))
+        return x, None
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and the projection to latent channels; uses `embedding`, not `rows`."""
+
+    channels: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        d = x.shape[-1]
+        table = self.param("modulation", nn.initializers.normal(d**-0.5), (2, d), self.param_dtype)
+        rows = (table + embedding[:, None])[:, :, None, None]
+        x = modulate(x, rows[:, 0], rows[:, 1])
+        return nn.Dense(
+            self.channels, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="out"
+        )(x)
+
+
+class Sana(nn.Module):
+    """The velocity v = noise - x0 at time t in [0, 1000].  The module is its own configuration.
+
+    Attributes:
+      width, depth, heads, cross_heads, ffn_ratio: sizes; heads are those of the linear attention.
+      latent_channels, caption_width: channels of the latent and of the text encoder's states.
+      sample_size: side of the latent grid that the checkpoint was trained on.
+      position_scale: None (no position embedding) or its interpolation: 1.0 at 2K, 2.0 at 4K.
+      qk_norm: RMSNorm on queries and keys (SANA-1.5, Sprint).
+      guidance_embed: the guidance scale is an input of the network (Sprint).
+      attention_eps, cross_norm_eps, integer_time, clamp: see `stacks.Stack`.
+      remat: recompute each block in the backward pass.
+      dtype, param_dtype: of activations and of parameters.
+    """
+
+    width: int = 2240
+    depth: int = 20
+    heads: int = 70
+    cross_heads: int = 20
+    ffn_ratio: float = 2.5
+    latent_channels: int = 32
+    caption_width: int = 2304
+    sample_size: int = 32
+    position_scale: float | None = None
+    qk_norm: bool = False
+    guidance_embed: bool = False
+    attention_eps: float = 1e-15
+    cross_norm_eps: float = 1e-5
+    integer_time: bool = False
+    clamp: bool = False
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        types = (self.dtype, self.param_dtype)
+        self.patch_embed = nn.Dense(
+            self.width, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
+        self.caption_embed = CaptionEmbed(self.width, *types)
+        self.key_value = nn.vmap(
+            KeyValue,
+            in_axes=None,
+            axis_size=self.depth,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )(self.cross_heads, self.qk_norm, self.cross_norm_eps, *types)
+        self.blocks = nn.scan(
+            nn.remat(SanaBlock, prevent_cse=False) if self.remat else SanaBlock,
+            length=self.depth,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+        )(
+            self.heads,
+            self.cross_heads,
+            int(self.ffn_ratio * self.width),
+            self.qk_norm,
+            self.attention_eps,
+            self.cross_norm_eps,
+            self.clamp,
+            *types,
+        )
+        self.head = Head(self.latent_channels, *types)
+
+    def example_inputs(self):
+        """Arguments that `init` accepts; their leading sizes leave no trace in the parameters."""
+        x = jnp.zeros((1, 2, 2, self.latent_channels))
+        states, mask = jnp.zeros((1, 2, self.caption_width)), jnp.ones((1, 2), bool)
+        return (x, jnp.zeros(1), states, mask) + ((jnp.zeros(1),) if self.guidance_embed else ())
+
+    def __call__(self, x, t, states, mask, guidance=None):
+        """The plain form.
+
+        Args:
+          x: [b h w latent_channels], the latent in model space.
+          t: [b], time in [0, 1000], int or float.
+          states: [b m caption_width], text encoder states.
+          mask: [b m] bool, True at tokens to attend to.
+          guidance: [b], 0.1 * guidance scale; only where `guidance_embed`.
+        Returns:
+          The velocity, [b h w latent_channels] in `dtype`.
+        """
+        return self.velocity(x, self.embed_time(t, guidance), self.embed_text(states, mask))
+
+    def embed_text(self, states, mask):
+        """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time."""
+        caption = self.caption_embed(states.astype(self.dtype))
+        bias = jnp.where(mask, 0.0, HIDDEN_TOKEN).astype(self.dtype)
+        return Text(self.key_value(caption), bias)
+
+    def embed_time(self, t, guidance=None):
+        """t [...] -> Time with the same leading axes.  Does not depend on latent or text."""
+        return self.time_embed(t, guidance)
+
+    def velocity(self, x, time, text):
+        """What remains for each step.  `time` has leading axis b, or 1 for one time for all."""
+        x = self.patch_embed(x.astype(self.dtype))
+        if self.position_scale is not None:
+            _, h, w, d = x.shape
+            position = position_embedding(h, w, self.sample_size, self.position_scale, d)
+            x = (x.astype(jnp.float32) + position).astype(self.dtype)
+        x, _ = self.blocks(x, text.kv, time.rows, text.bias)
+        return self.head(x, time.embedding)
+
+
+# Published sizes (numerics.md 1.1, 3.1).
+SANA_600M = Sana(width=1152, depth=28, heads=36, cross_heads=16)
+SANA_1600M = Sana()
+SANA_1600M_2K = SANA_1600M.clone(sample_size=64, position_scale=1.0)
+SANA_1600M_4K = SANA_1600M.clone(sample_size=128, position_scale=2.0)
+SANA_1_5_1600M = SANA_1600M.clone(qk_norm=True)
+SANA_1_5_4800M = SANA_1600M.clone(depth=60, qk_norm=True)
+SANA_SPRINT_600M = SANA_600M.clone(qk_norm=True, guidance_embed=True)
+SANA_SPRINT_1600M = SANA_1600M.clone(qk_norm=True, guidance_embed=True)

@@ -1,0 +1,72 @@
+"""The operations that a hand-written kernel can replace, as pure functions on NHWC arrays.
+
+Models call these and know nothing of how they run.  What stands here is the plain jnp form: it is
+what runs on a CPU, and what any kernel has to agree with.
+Shapes: b batch, h w grid, n = h * w tokens, k heads, c channels of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def relu_linear_attention(qkv, eps):
+    """Softmax-free attention, equation (1) of SANA (https://arxiv.org/abs/2410.10629).
+
+        out_n = relu(q_n) S / (relu(q_n) . z + eps),  S = sum_n relu(k_n)^T v_n,  z = sum_n relu(k_n)
+
+    Args:
+      qkv: [b, n, k, 3 * c], for each head its query, key and value side by side.
+      eps: added to the denominator (1e-15 in diffusers and DC-AE, 1e-8 in NVlabs' SANA).
+    Returns:
+      [b, n, k, c] in the dtype of qkv.  The sums over n run in float32: at 4096 px they add 16384
+      tokens and leave the range of float16.
+    """
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    state = jnp.einsum("bnkc,bnke->bkce", k, v, preferred_element_type=jnp.float32)
+    total = jnp.sum(k, axis=1, dtype=jnp.float32)
+    q = q.astype(jnp.float32)
+    out = jnp.einsum("bnkc,bkce->bnke", q, state)
+    weight = jnp.einsum("bnkc,bkc->bnk", q, total)
+    return (out / (weight[..., None] + eps)).astype(qkv.dtype)
+
+
+def depthwise_conv(x, kernel, bias=None):
+    """Depthwise k x k convolution, stride 1, zero padding k // 2.
+
+    k * k shifted multiply-adds that XLA fuses into one pass; the library's grouped convolution is
+    13 to 40 times slower on a CPU (performance.md section 6).
+
+    Args:
+      x: [b, h, w, c].
+      kernel: [k, k, c], k odd.
+      bias: [c] or None.
+    Returns:
+      [b, h, w, c] in the dtype of x, accumulated in float32.
+    """
+    size, (_, h, w, _) = kernel.shape[0], x.shape
+    pad = size // 2
+    x32 = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))).astype(jnp.float32)
+    kernel = kernel.astype(jnp.float32)
+    taps = [
+        x32[:, dy : dy + h, dx : dx + w] * kernel[dy, dx] for dy in range(size) for dx in range(size)
+    ]
+    out = sum(taps[1:], taps[0])
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
+    return out.astype(x.dtype)
+
+
+def cross_attention(q, kv, bias):
+    """Softmax attention of image tokens over text tokens, scale 1 / sqrt(c), softmax in float32.
+
+    Args:
+      q: [b, n, k, c].
+      kv: [b, m, k, 2 * c], for each head its key and value side by side.
+      bias: [b, m], added to the logits; -10000 hides a token and, unlike -inf, leaves a row whose
+        tokens are all hidden finite (numerics.md 1.5).
+    Returns:
+      [b, n, k, c].
+    """
+    k, v = jnp.split(kv, 2, axis=-1)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias[:, None, None, :].astype(q.dtype))

@@ -1,0 +1,25 @@
+"""Settings of every test, and toy pipelines made by the peers' own classes."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax; tests never touch an accelerator
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+from tests.no_skip import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """A pipeline folder written by diffusers' SanaPipeline.save_pretrained, float32."""
+    from tests.toy_pipeline import make_pipeline
+
+    folder = tmp_path_factory.mktemp("toy") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return folder

@@ -1,0 +1,452 @@
+"""DC-AE against diffusers' `AutoencoderDC`, built from its class with random weights.
+
+Errors are max |ours - theirs| / rms(theirs).  BOUND for float32: two correct evaluations differ by
+their own rounding.  diffusers in float32 is up to 8e-6 away from itself in float64 on these models,
+we up to 9e-6, so 2e-5 is little more than the sum; each mistake of the controls costs over 1e-4.
+"""
+
+import copy
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sana_jax import ops
+from sana_jax.checkpoints import dc_ae as names
+from sana_jax.checkpoints import rules
+from sana_jax.errors import InputError
+from sana_jax.models import dc_ae
+from sana_jax.models.layers import RMSNorm
+from tests import peers
+
+BOUND = 2e-5
+GAIN = 2.0  # makes the images' rms exceed 1; the latents' is about 15
+
+TOY = dc_ae.DCAE(
+    widths=(16, 32, 32, 64, 64, 128),
+    encoder_depths=(1, 1, 1, 2, 1, 1),
+    decoder_depths=(1, 2, 1, 1, 1, 1),
+)
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """The toy as diffusers builds it."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    fields = {f.name: getattr(TOY, f.name) for f in dataclasses.fields(TOY)}
+    module = diffusers.AutoencoderDC.from_config(names.to_diffusers_config(fields))
+    return peers.randomise(module, seed=0, gain=GAIN)
+
+
+def to_params(module, dtype=np.float32):
+    shapes = jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    depths = TOY.encoder_depths, TOY.decoder_depths
+    table = names.diffusers_rules(*depths, TOY.encoder_attention, TOY.decoder_attention)
+    state = peers.to_numpy_state(module)
+    leaves = rules.to_flax(table, shapes, peers.header(state), state.items(), dtype)
+    return unflatten_dict(leaves, sep="/")
+
+
+@pytest.fixture(scope="module")
+def params(peer):
+    return to_params(peer)
+
+
+def nchw(x):
+    import torch
+
+    return torch.from_numpy(np.asarray(x, np.float32).transpose(0, 3, 1, 2).copy())
+
+
+def nhwc(tensor):
+    return tensor.detach().double().numpy().transpose(0, 2, 3, 1)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def image(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (*shape, 3)).astype(np.float32)
+
+
+def error(ours, theirs):
+    return np.abs(np.asarray(ours, np.float64) - theirs).max() / peers.rms(theirs)
+
+
+@jax.jit
+def encode(params, x):
+    return TOY.apply({"params": params}, x, method="encode")
+
+
+@jax.jit
+def decode(params, z):
+    return TOY.apply({"params": params}, z, method="decode")
+
+
+# --- The whole.
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 256, 320),  # every attention linear
+        (2, 96, 160),  # latent 3 x 5: from 60 tokens down to 15, both attentions
+        (1, 32, 64),  # 32 tokens where attention starts: the largest that is quadratic
+        (1, 32, 32),  # a latent of one token
+    ],
+)
+def test_whole_model(peer, params, shape):
+    x = image(*shape)
+    z = peer.encode(nchw(x)).latent
+    y = peer.decode(z).sample
+    assert peers.rms(z) >= 1 and peers.rms(y) >= 1
+    assert z.shape[2:] == (shape[1] // TOY.compression, shape[2] // TOY.compression)
+    assert error(encode(params, x), nhwc(z)) <= BOUND
+    assert error(decode(params, nhwc(z).astype(np.float32)), nhwc(y)) <= BOUND
+
+
+@pytest.mark.parity
+def test_as_close_to_float64_as_the_peer(peer, params):
+    x = image(1, 128, 160)
+    exact = copy.deepcopy(peer).double()
+    z = exact.encode(nchw(x).double()).latent
+    theirs = error(nhwc(peer.encode(nchw(x)).latent), nhwc(z))
+    ours = error(encode(params, x), nhwc(z))
+    z = z.float()
+    y = nhwc(exact.decode(z.double()).sample)
+    theirs_y = error(nhwc(peer.decode(z).sample), y)
+    ours_y = error(decode(params, nhwc(z).astype(np.float32)), y)
+    print(f"latent: ours {ours:.1e}, theirs {theirs:.1e}; image: {ours_y:.1e}, {theirs_y:.1e}")
+    assert ours <= 2 * theirs and ours_y <= 2 * theirs_y
+
+
+@pytest.mark.parity
+def test_bfloat16_loses_no_more_than_the_peer(peer):
+    """rms error of each against itself in float32 on the same bfloat16 weights and inputs."""
+    import torch
+
+    model = TOY.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    halves = [jax.jit(lambda p, x, m=m: model.apply({"params": p}, x, method=m)) for m in ("encode", "decode")]
+    ratios = []
+    for seed in range(6):
+        low = peers.randomise(copy.deepcopy(peer), seed, GAIN).to(torch.bfloat16)
+        high = copy.deepcopy(low).float()
+        x = nchw(image(1, 128, 160, seed=seed)).bfloat16()
+        z = low.encode(x).latent
+        pairs = [
+            (low.encode(x).latent, high.encode(x.float()).latent, encode, x),
+            (low.decode(z).sample, high.decode(z.float()).sample, decode, z),
+        ]
+        ratio = []
+        for (rough, fine, own, inputs), half in zip(pairs, halves):
+            inputs = nhwc(inputs).astype(np.float32)
+            ours = np.asarray(half(to_params(low, jnp.bfloat16), inputs), np.float32)
+            ratio.append(peers.rms(ours - own(to_params(high), inputs)) / peers.rms(rough.float() - fine))
+        ratios.append(ratio)
+    print("bfloat16 error, ours / theirs, encode and decode:", np.mean(ratios, axis=0))
+    assert (np.mean(ratios, axis=0) <= 1.2).all()
+
+
+def test_images_of_a_batch_do_not_mix():
+    params = TOY.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    x = image(2, 64, 96)
+    for half, x in ((encode, x), (decode, noise(2, 2, 3, 32))):
+        both = np.asarray(half(params, x))
+        assert error(np.concatenate([half(params, x[:1]), half(params, x[1:])]), both) <= 1e-6
+        assert error(both[:1], both[1:]) > 0.1
+
+
+# --- Block by block: (place in the peer, module, path, input).
+
+CASES = {
+    "res": (lambda p: p.encoder.down_blocks[2][0], dc_ae.ResBlock(), "encoder/stage_2/block_0", (2, 12, 10, 32)),
+    "vit": (lambda p: p.encoder.down_blocks[3][1], dc_ae.EfficientViTBlock(), "encoder/stage_3/block_1", (2, 3, 11, 64)),
+    "vit, 32 tokens": (lambda p: p.decoder.up_blocks[5][0], dc_ae.EfficientViTBlock(), "decoder/stage_5/block_0", (2, 4, 8, 128)),
+    "down, wider": (lambda p: p.encoder.down_blocks[2][1], dc_ae.Down(64), "encoder/stage_2/down", (2, 6, 10, 32)),
+    "down, as wide": (lambda p: p.encoder.down_blocks[1][1], dc_ae.Down(32), "encoder/stage_1/down", (1, 6, 10, 32)),
+    "up, narrower": (lambda p: p.decoder.up_blocks[2][0], dc_ae.Up(32), "decoder/stage_2/up", (2, 6, 5, 64)),
+    "up, as wide": (lambda p: p.decoder.up_blocks[3][0], dc_ae.Up(64), "decoder/stage_3/up", (1, 6, 5, 64)),
+}  # fmt: skip
+
+
+def at(tree, path):
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_block_and_its_gradient(peer, params, case):
+    place, module, path, shape = CASES[case]
+    params, x = at(params, path), noise(*shape)
+    theirs_in = nchw(x).requires_grad_()
+    theirs = place(peer)(theirs_in)
+    ours, pullback = jax.vjp(jax.jit(lambda x: module.apply({"params": params}, x)), x)
+    assert error(ours, nhwc(theirs)) <= BOUND
+    probe = noise(*ours.shape, seed=1)
+    theirs.backward(nchw(probe))
+    assert error(pullback(probe)[0], nhwc(theirs_in.grad)) <= BOUND
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["vit", "vit, 32 tokens"])
+def test_attention_and_mix_ffn_apart(peer, params, case):
+    place, module, path, shape = CASES[case]
+    block, x = place(peer), noise(*shape)
+    middle = block.attn(nchw(x))
+    expected = {
+        "attention_norm": middle - nchw(x),
+        "mix_ffn_norm": block.conv_out(middle) - middle,
+    }
+    variables = {"params": at(params, path)}
+    _, state = module.apply(variables, x, capture_intermediates=True)
+    for name, theirs in expected.items():
+        ours = state["intermediates"][name]["__call__"][0]
+        assert error(ours, nhwc(theirs)) <= BOUND
+
+
+@pytest.mark.parity
+def test_attention_without_and_with_two_scales():
+    torch = pytest.importorskip("torch")
+    peer_attention = pytest.importorskip("diffusers.models.attention_processor")
+    for scales in ((), (3, 5)):
+        theirs = peer_attention.SanaMultiscaleLinearAttention(
+            64, 64, attention_head_dim=32, norm_type="rms_norm", kernel_sizes=scales
+        )
+        theirs.norm_out = torch.nn.Identity()
+        state = peers.to_numpy_state(peers.randomise(theirs, seed=0))
+        kernel = np.concatenate([state[f"to_{x}.weight"] for x in "qkv"]).T
+        params = {"qkv": {"kernel": kernel}, "project": {"kernel": state["to_out.weight"].T}}
+        for i, size in enumerate(scales):
+            scale = state[f"to_qkv_multiscale.{i}.proj_in.weight"]
+            mix = state[f"to_qkv_multiscale.{i}.proj_out.weight"]
+            params[f"scale_{size}"] = {"kernel": scale[:, 0].transpose(1, 2, 0)}
+            params[f"scale_{size}_mix"] = {"kernel": mix.reshape(6, 32, 32).transpose(0, 2, 1)}
+        x = noise(2, 7, 9, 64)
+        ours = dc_ae.MultiScaleAttention(scales).apply({"params": params}, x)
+        assert error(ours, nhwc(theirs(nchw(x)))) <= BOUND
+
+
+# --- Controls: each mistake that one could make here must break the bound.  A control changes the
+# module (`patch`) or the parameters, runs the case it names, and returns the parameters to use.
+
+
+def tensorflow_order(patch, params):
+    def space_to_channel(x):
+        b, h, w, d = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, d).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, h // 2, w // 2, 4 * d)
+
+    def channel_to_space(x):
+        b, h, w, d = x.shape
+        x = x.reshape(b, h, w, 2, 2, d // 4).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, 2 * h, 2 * w, d // 4)
+
+    patch.setattr(dc_ae, "space_to_channel", space_to_channel)
+    patch.setattr(dc_ae, "channel_to_space", channel_to_space)
+    return params
+
+
+def groups_with_a_stride(patch, params):
+    def average(x, channels):
+        return x.reshape(*x.shape[:3], -1, channels).mean(axis=-2)
+
+    patch.setattr(dc_ae, "average", average)
+    patch.setattr(dc_ae, "duplicate", lambda x, n: jnp.tile(x, n // x.shape[-1]))
+    return params
+
+
+def same_padding(patch, params):
+    def conv(*args, padding, **kwargs):
+        return nn.Conv(*args, kernel_size=(3, 3), padding="SAME", **kwargs)
+
+    patch.setattr(dc_ae, "Conv3x3", lambda *args, **kwargs: conv(*args, padding=None, **kwargs))
+    return params
+
+
+def norm_eps(eps):
+    def control(patch, params):
+        patch.setattr(dc_ae, "RMSNorm", lambda **kwargs: RMSNorm(eps=eps, **kwargs))
+        return params
+
+    return control
+
+
+def no_norm_bias(patch, params):
+    norm = "norm" if "norm" in params else "mix_ffn_norm"
+    return params | {norm: params[norm] | {"bias": 0 * params[norm]["bias"]}}
+
+
+def thirds(patch, params):
+    """to_q taken for the queries of all heads: columns (part, head, c) moved to (head, part, c)."""
+    attention, heads = params["attention"], params["attention_norm"]["scale"].shape[0] // 32
+
+    def moved(kernel, c):
+        shape = kernel.shape[:-1] + (3, heads, c)
+        return kernel.reshape(shape).swapaxes(-3, -2).reshape(kernel.shape)
+
+    changed = {name: {"kernel": moved(attention[name]["kernel"], 32)} for name in ("qkv", "scale_5")}
+    mix = attention["scale_5_mix"]["kernel"]
+    changed["scale_5_mix"] = {"kernel": moved(mix.T, 1).T}
+    return params | {"attention": attention | changed}
+
+
+def swapped_gate(patch, params):
+    def swapped(a):
+        return np.roll(a, a.shape[-1] // 2, axis=-1)
+
+    ffn = params["mix_ffn"]
+    changed = {name: jax.tree.map(swapped, ffn[name]) for name in ("expand", "depthwise")}
+    return params | {"mix_ffn": ffn | changed}
+
+
+def silu_at_the_end(patch, params):
+    patch.setattr(nn, "relu", nn.silu)
+    return params
+
+
+CONTROLS = [
+    ("down, wider", tensorflow_order),
+    ("up, narrower", tensorflow_order),
+    ("down, wider", groups_with_a_stride),
+    ("up, narrower", groups_with_a_stride),
+    ("down, wider", same_padding),
+    ("down, as wide", same_padding),
+    ("res", norm_eps(1e-2)),
+    ("vit", norm_eps(1e-2)),
+    ("res", no_norm_bias),
+    ("vit", no_norm_bias),
+    ("vit", thirds),
+    ("vit, 32 tokens", thirds),
+    ("vit", swapped_gate),
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("case", "control"), CONTROLS)
+def test_bound_catches(peer, params, monkeypatch, case, control):
+    place, module, path, shape = CASES[case]
+    x = noise(*shape)
+    theirs = nhwc(place(peer)(nchw(x)))
+    assert error(module.apply({"params": at(params, path)}, x), theirs) <= BOUND
+    wrong = control(monkeypatch, at(params, path))
+    assert error(module.apply({"params": wrong}, x), theirs) > 5 * BOUND
+
+
+@pytest.mark.parity
+def test_bound_catches_silu_at_the_end(peer, params, monkeypatch):
+    z = noise(1, 2, 1, 32)
+    theirs = nhwc(peer.decode(nchw(z)).sample)
+    run = lambda: TOY.apply({"params": params}, z, method="decode")  # noqa: E731
+    assert error(run(), theirs) <= BOUND
+    silu_at_the_end(monkeypatch, params)
+    assert error(run(), theirs) > 5 * BOUND
+
+
+@pytest.mark.parity
+def test_norm_eps_of_faint_signals(peer, params, monkeypatch):
+    """1e-5 and 1e-6 are told apart only where the signal's power is no larger than that."""
+    place, module, path, shape = CASES["res"]
+    faint = copy.deepcopy(place(peer))
+    faint.conv2.weight *= 1e-3
+    change = at(params, path)
+    change = change | {"conv_2": {"kernel": change["conv_2"]["kernel"] * np.float32(1e-3)}}
+    x = noise(*shape)
+    theirs = nhwc(faint(nchw(x)))
+    assert error(module.apply({"params": change}, x), theirs) <= BOUND
+    norm_eps(1e-6)(monkeypatch, change)
+    assert error(module.apply({"params": change}, x), theirs) > 5 * BOUND
+
+
+# --- Without the peer.
+
+
+def test_channel_order_by_hand():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)  # x[dy, dx, c] = 4 dy + 2 dx + c
+    assert dc_ae.space_to_channel(x).ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    x = noise(2, 4, 6, 8)
+    assert (dc_ae.channel_to_space(dc_ae.space_to_channel(x)) == x).all()
+    x = jnp.arange(4.0).reshape(1, 1, 1, 4)
+    assert dc_ae.average(x, 2).ravel().tolist() == [0.5, 2.5]
+    assert dc_ae.duplicate(x, 8).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    assert dc_ae.nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
+
+
+def test_quadratic_attention_is_the_linear_one():
+    qkv = noise(2, 9, 3, 24)
+    linear = ops.relu_linear_attention(qkv, 1e-15)
+    assert error(dc_ae.relu_quadratic_attention(qkv, 1e-15), linear) <= 1e-6
+    qkv[:, 0, :, :8] = -1  # a query that sees nothing
+    assert (dc_ae.relu_quadratic_attention(qkv, 1e-15)[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize(("grid", "quadratic"), [((4, 8), True), ((3, 11), False)])
+def test_attention_is_quadratic_up_to_32_tokens(monkeypatch, grid, quadratic):
+    calls = []
+
+    def spy(qkv, eps):
+        calls.append(qkv.shape)
+        return ops.relu_linear_attention(qkv, eps)
+
+    monkeypatch.setattr(dc_ae, "relu_quadratic_attention", spy)
+    x = jax.ShapeDtypeStruct((1, *grid, 64), jnp.float32)
+    jax.eval_shape(dc_ae.MultiScaleAttention().init, jax.random.key(0), x)
+    assert calls == ([(1, 32, 4, 96)] if quadratic else [])
+
+
+def test_blocks_are_captured_in_the_order_they_run():
+    x = image(1, 32, 32)
+    params = TOY.init(jax.random.key(0), x)
+    _, state = TOY.apply(params, x, capture_intermediates=True)
+    names = [path.removesuffix("/__call__") for path in flatten_dict(state["intermediates"], sep="/")]
+    blocks = [n for n in names if n.count("/") == 2] + ["end"]
+    assert blocks[:3] == ["encoder/stage_0/block_0", "encoder/stage_0/down", "encoder/stage_1/block_0"]
+    half = blocks.index("decoder/stage_5/block_0")
+    assert blocks[half - 1] == "encoder/stage_5/block_0"
+    assert blocks[half + 1 : half + 3] == ["decoder/stage_4/up", "decoder/stage_4/block_0"]
+    assert blocks[-2] == "decoder/stage_0/block_0"
+    assert names.index("encoder/conv_in") == 0 and names[-2:] == ["decoder/conv_out", "decoder"] or names
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"encoder_depths": (1, 2)}, r"encoder_depths=\(1, 2\): needs 6 entries"),
+        ({"latent_channels": 48}, "latent_channels=48: must divide the last width, 128"),
+        ({"widths": (16, 32, 32, 64, 64, 320)}, "64 and 320"),
+    ],
+)
+def test_impossible_fields(fields, message):
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(TOY.clone(**fields).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (64, 64, 3), (1, 48, 64, 3)])
+def test_impossible_images(shape):
+    with pytest.raises(InputError, match="multiples of 32"):
+        jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros(shape))
+
+
+def test_preset_size():
+    model = dc_ae.DC_AE_F32C32_SANA
+    assert model.compression == 32 and model.scaling_factor == 0.41407
+    assert hash(model) == hash(dc_ae.DCAE())
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))["params"]
+    count = {half: sum(leaf.size for leaf in jax.tree.leaves(params[half])) for half in params}
+    assert count == {"encoder": 153_027_104, "decoder": 159_223_171}
