@@ -23,17 +23,18 @@ from sana_jax import precision, text
 from sana_jax.checkpoints import dc_ae as dc_ae_names
 from sana_jax.checkpoints import gemma2 as gemma2_names
 from sana_jax.checkpoints import sana as sana_names
-from sana_jax.checkpoints.read import find_files, open_checkpoint, read_json
+from sana_jax.checkpoints.read import open_checkpoint, read_json
 from sana_jax.checkpoints.rules import to_flax, to_torch
-from sana_jax.checkpoints.write import write_json, write_safetensors
+from sana_jax.checkpoints.write import umask, write_json, write_safetensors
 from sana_jax.errors import InputError, nearest, require_choice
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
 from sana_jax.pipeline import Pipeline, TextEncoder
-from sana_jax.stacks import STACKS
+from sana_jax.stacks import STACKS, Stack
 
 EXTRAS = "sana_jax.json"  # our own file in a pipeline folder
+KINDS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "text_encoder": "gemma2"}
 COMPONENTS = {  # model_index.json of a pipeline that we write
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "Gemma2Model"],
@@ -78,7 +79,8 @@ def _build(module_class, fields, overrides, checkpoint):
     for name in overrides:
         if name not in names:
             raise InputError(f"{name}={overrides[name]!r}: {module_class.__name__} has no such field{nearest(name, names)}")
-    fields = fields | overrides
+    auto = [k for k in ("dtype", "param_dtype") if isinstance(overrides.get(k), str) and overrides[k] == "auto"]
+    fields = fields | {k: v for k, v in overrides.items() if k not in auto}
     default = precision.stored(checkpoint.dtypes, checkpoint.source)
     fields["param_dtype"] = precision.parse(fields.get("param_dtype", fields.get("dtype", default)))
     fields["dtype"] = precision.parse(fields.get("dtype", fields["param_dtype"]))
@@ -107,7 +109,11 @@ def _component(path, subfolder):
     if path.is_file():
         return path, None
     if (path / "config.json").is_file():
-        return path, read_json(path / "config.json")
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or config.get("model_type") or KINDS[subfolder]
+        if kind != KINDS[subfolder]:
+            raise InputError(f"{path}: holds a {kind}, must hold a {KINDS[subfolder]}: is this the right folder?")
+        return path, config
     if (path / subfolder).is_dir():
         raise InputError(f"{path}: is a whole pipeline; pass {path / subfolder}, or use load_pipeline")
     return path, None
@@ -195,6 +201,17 @@ def read_flow_shift(folder):
     return shift
 
 
+def _read_extras(path):
+    """sana_jax.json as a dict, empty without one.  Raises InputError."""
+    extras = read_json(path) if path.is_file() else {}
+    if "stack" in extras:
+        require_choice(f"{path}: stack", extras["stack"], tuple(STACKS))
+    words = extras.get("complex_human_instruction") or ""
+    if not isinstance(words, str) and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
+        raise InputError(f"{path}: complex_human_instruction={words!r}: must be a string or a list of strings")
+    return extras
+
+
 def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
     """A whole pipeline from a folder in diffusers layout.
 
@@ -213,7 +230,7 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
     auto = isinstance(dtype, str) and dtype == "auto"
     if not auto:
         dtype = precision.parse(dtype)
-    if isinstance(stack, str):
+    if not isinstance(stack, Stack):
         require_choice("stack", stack, ("auto", *STACKS))
     folder = find_model(model, revision)
     index = folder / "model_index.json"
@@ -222,7 +239,7 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
         raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout{hint}")
     kind = read_json(index).get("_class_name")
     require_choice(f"{index}: _class_name", kind, ("SanaPipeline", "SanaPAGPipeline"))
-    extras = read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    extras = _read_extras(folder / EXTRAS)
 
     name = str(model).rstrip("/").split("/")[-1]
     main = precision.published(name) if auto else dtype
@@ -233,7 +250,6 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
             return {"dtype": precision.without_float16(dtype)}
         stems = ("diffusion_pytorch_model", "model")
         source = folder / component
-        find_files(source, stems)
         return {"dtype": precision.without_float16(precision.stored(open_checkpoint(source, stems).dtypes, source))}
 
     tokenizer = text.load_tokenizer(folder / "tokenizer")
@@ -241,8 +257,8 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
     dc_ae = load_dc_ae(folder / "vae", **other("vae"))
     gemma2 = load_gemma2(folder / "text_encoder", **other("text_encoder"))
     encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
-    if isinstance(stack, str):
-        stack = extras.get("stack", "diffusers") if stack == "auto" else stack
+    if stack == "auto":
+        stack = extras.get("stack", "diffusers")
     return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=read_flow_shift(folder / "scheduler"))
 
 
@@ -273,9 +289,11 @@ def save_pipeline(pipeline, folder):
     Raises InputError: the folder exists and is not empty, or cannot be written, or there is no text
     encoder to write.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()
     if pipeline.text is None:
         raise InputError("text=None: a pipeline folder needs a text encoder and a tokenizer")
+    if pipeline.stack not in STACKS.values():
+        raise InputError(f"stack={pipeline.stack.name!r} with changed fields: a folder can only name one of {', '.join(STACKS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; nothing was written")
     try:
@@ -297,16 +315,12 @@ def save_pipeline(pipeline, folder):
         write_json(partial / "model_index.json", {"_class_name": "SanaPipeline"} | index)
         extras = {"stack": pipeline.stack.name, "complex_human_instruction": encoder.instruction}
         write_json(partial / EXTRAS, {k: v for k, v in extras.items() if v is not None})
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):  # a full disk, say
+            raise InputError(f"{folder}: cannot be written ({error}); nothing was written") from error
         raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,6 +9,26 @@ import jax
 import jax.numpy as jnp
 
 
+def relu(x):
+    """max(x, 0) that hands on NaN.  XLA's CPU maximum turns NaN into 0, and so a broken network into
+    a plausible picture."""
+    return jnp.where(x <= 0, 0, x)
+
+
+def einsum32(equation, a, b):
+    """einsum whose sums and result are float32, whatever the inputs are.
+
+    Tensor cores take bfloat16 factors and add in float32; XLA's CPU backend has no such product, so
+    there the factors are widened first, which gives the same numbers.
+    """
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32)),
+        default=lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32),
+    )
+
+
 def relu_linear_attention(qkv, eps):
     """Softmax-free attention, equation (1) of SANA (https://arxiv.org/abs/2410.10629).
 
@@ -22,8 +42,8 @@ def relu_linear_attention(qkv, eps):
       tokens and leave the range of float16.
     """
     q, k, v = jnp.split(qkv, 3, axis=-1)
-    q, k = jax.nn.relu(q), jax.nn.relu(k)
-    state = jnp.einsum("bnkc,bnke->bkce", k, v, preferred_element_type=jnp.float32)
+    q, k = relu(q), relu(k)
+    state = einsum32("bnkc,bnke->bkce", k, v)
     total = jnp.sum(k, axis=1, dtype=jnp.float32)
     q = q.astype(jnp.float32)
     out = jnp.einsum("bnkc,bkce->bnke", q, state)

@@ -57,12 +57,14 @@ def _strings(field, value):
 def check_request(
     *, steps=20, guidance_scale=4.5, num_images=1, seed=0, sampler="flow-dpm-solver", flow_shift=None,
     max_sequence_length=300, output="uint8", guidance_interval=EVERYWHERE, height=None, width=None,
+    first_image=0,
 ):  # fmt: skip
     """Raises InputError for any argument of `generate` that is wrong whatever the model is."""
     _number("steps", steps, 1, 1000)
     _number("guidance_scale", guidance_scale, 0, 100, float)
     _number("num_images", num_images, 1, 4096)
     _number("seed", seed, 0, 2**32 - 1)
+    _number("first_image", first_image, 0, 2**31)
     require_choice("sampler", sampler, tuple(SAMPLERS))
     if flow_shift is not None:
         _number("flow_shift", flow_shift, 0.01, 100, float)
@@ -214,6 +216,7 @@ class Pipeline:
         self, prompts, *, negative_prompts="", height=None, width=None, steps=20, guidance_scale=4.5,
         num_images=1, seed=0, latents=None, sampler="flow-dpm-solver", flow_shift=None, chi="auto",
         max_sequence_length=300, bin_resolution=True, output="uint8", guidance_interval=EVERYWHERE,
+        first_image=0,
     ):  # fmt: skip
         """Pictures of prompts.
 
@@ -224,7 +227,7 @@ class Pipeline:
           steps: network evaluations per image (two halves each, with guidance).
           guidance_scale: w in v_u + w (v_c - v_u); up to 1 means no guidance and half the work.
           num_images: per prompt.
-          seed: image i of the call starts from noise keyed (seed, i), whatever the batch.
+          seed: image i of the call starts from noise keyed (seed, first_image + i), whatever the batch.
           latents: [b h w c], the noise itself, at the painted size, in place of `seed`.
           sampler: "flow-dpm-solver" (second order) or "flow-euler".
           flow_shift: None is the checkpoint's.
@@ -234,6 +237,7 @@ class Pipeline:
             crop; else height and width must be multiples of 32.
           output: "uint8" [b H W 3]; "float", the same in [0, 1]; "latent" [b h w c] in model space.
           guidance_interval: noise levels (low, high) between which guidance acts.
+          first_image: lets one long job be cut into several calls.
         Returns:
           A numpy array with leading axis len(prompts) * num_images, all images of prompt 0 first.
         Raises:
@@ -250,7 +254,7 @@ class Pipeline:
         check_request(
             steps=steps, guidance_scale=guidance_scale, num_images=num_images, seed=seed, sampler=sampler,
             flow_shift=flow_shift, max_sequence_length=max_sequence_length, output=output,
-            guidance_interval=guidance_interval, height=height, width=width,
+            guidance_interval=guidance_interval, height=height, width=width, first_image=first_image,
         )  # fmt: skip
         painted = painted_size(height, width, module.sample_size, bin_resolution)
         grid, count = tuple(side // PATCH for side in painted), len(prompts) * num_images
@@ -262,7 +266,7 @@ class Pipeline:
             prompts, negatives if guided else None, self.instruction(chi).text, max_sequence_length, num_images
         )
         if latents is None:
-            latents = programs.initial_latents(np.uint32(seed), np.arange(count), (*grid, module.latent_channels))
+            latents = programs.initial_latents(np.uint32(seed), np.arange(first_image, first_image + count), (*grid, module.latent_channels))
         arguments, static = self._arguments(steps, guidance_scale, sampler, flow_shift, guidance_interval, guided)
         out, finite = programs.paint_program(
             {"sana": params, "dc_ae": dc_ae_params}, conditions, latents, *arguments,

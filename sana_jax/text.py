@@ -1,8 +1,8 @@
 """From prompts to token ids: cleaning, the instruction before every prompt, selection, buckets.
 
-SANA does not show its text encoder the prompt alone.  A fixed "complex human instruction" (CHI) comes
-first, and of all states only the first and those from the prompt on are handed to the transformer
-(https://arxiv.org/abs/2410.10629 section 2.3; numerics.md section 6).  The words of that instruction
+SANA does not show its text encoder the prompt alone.  A fixed "complex human instruction" (CHI)
+comes first, and of all states only the first and those from the prompt on are handed to the
+transformer (https://arxiv.org/abs/2410.10629; numerics.md section 6).  The words of the instruction
 belong to its authors and are not part of this package: they come from the checkpoint, from an
 installed diffusers, or from a file.
 
@@ -33,14 +33,14 @@ SHA256_NVLABS = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b
 OWN_WORDS = "\n".join(
     [
         "You turn short requests for a picture into full descriptions of that picture.",
-        "- If the request is a few words long, decide what a painter would have to decide: the place,"
-        " the light, colours and materials, and how things stand to each other.",
+        "- If the request is a few words long, decide what a painter would have to decide: the"
+        " place, the light, colours and materials, and how things stand to each other.",
         "- If it is already detailed, smooth it and change nothing that it says.",
         "Two samples:",
-        "- lighthouse -> A white lighthouse on a black cliff at dusk, its lamp lit, surf breaking below,"
-        " thin fog over a violet sea.",
-        "- bowl of fruit -> A blue ceramic bowl of ripe figs and pears on linen, window light from the"
-        " left, oil on canvas.",
+        "- lighthouse -> A white lighthouse on a black cliff at dusk, its lamp lit, surf breaking"
+        " below, thin fog over a violet sea.",
+        "- bowl of fruit -> A blue ceramic bowl of ripe figs and pears on linen, window light from"
+        " the left, oil on canvas.",
         "Answer with the description of the request below and with nothing else.",
         "User Prompt: ",
     ]
@@ -77,19 +77,19 @@ def find_instruction(chi, stack, checkpoint_text=None):
 
     Args:
       chi: "auto", "none", or the joined text itself.  "auto" takes the first there is of the
-        checkpoint's own text, the one of an installed diffusers, and OWN_WORDS; `source` says which.
+        checkpoint's own text, that of an installed diffusers, and OWN_WORDS; `source` says which.
       stack: whose quotation marks, where the text is not the checkpoint's or the caller's.
       checkpoint_text: the text that came with the weights, joined or as a list of lines.
     Raises:
       InputError: `chi` is neither a text nor quite "auto" or "none".
     """
     if not isinstance(chi, str):
-        raise InputError(f"chi={chi!r}: must be 'auto', 'none' or a text, not a {type(chi).__name__}")
+        raise InputError(f"chi={chi!r}: must be a str, is a {type(chi).__name__}")
     if chi in ("", "none"):
         return Instruction("", "none")
     if chi != "auto":
         if close := nearest(chi.strip().lower(), ("auto", "none")):
-            raise InputError(f"chi={chi!r}: must be 'auto', 'none' or the text of an instruction{close}")
+            raise InputError(f"chi={chi!r}: must be 'auto', 'none' or a whole text{close}")
         return Instruction(chi, "given text")
     if checkpoint_text:
         joined = checkpoint_text if isinstance(checkpoint_text, str) else "\n".join(checkpoint_text)
@@ -104,12 +104,12 @@ def read_instruction_file(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: must be UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path}: must be UTF-8 ({error.reason}, byte {error.start})") from error
     return Instruction(text, f"file {path}")
 
 
 def _installed(stack):
-    """The default argument of diffusers' SanaPipeline, read from its source: nothing is imported."""
+    """The default argument of diffusers' SanaPipeline, read from its source, not imported."""
     try:
         spec = importlib.util.find_spec("diffusers")  # a top-level name: its __init__ does not run
     except ValueError:  # a module without a spec stands in sys.modules
@@ -140,31 +140,21 @@ def _source(path):
 def _default(source):
     """The default of `complex_human_instruction` in SanaPipeline.__call__, a list of str, or []."""
     try:
-        tree = ast.parse(source)
-    except SyntaxError:
+        classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+        body = [n for c in classes if c.name == "SanaPipeline" for n in c.body]
+        call = next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
+        names = [arg.arg for arg in call.args.args]
+        defaults = dict(zip(reversed(names), reversed(call.args.defaults)))
+        value = ast.literal_eval(defaults["complex_human_instruction"])
+    except (SyntaxError, StopIteration, KeyError, ValueError):
         return []
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SanaPipeline"]
-    calls = [n for c in classes for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "__call__"]
-    for call in calls:
-        args = call.args
-        positional = [*args.posonlyargs, *args.args]
-        defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
-        for arg, default in zip([*positional, *args.kwonlyargs], [*defaults, *args.kw_defaults]):
-            if arg.arg != "complex_human_instruction" or default is None:
-                continue
-            try:
-                value = ast.literal_eval(default)
-            except ValueError:
-                return []
-            if isinstance(value, list) and all(isinstance(line, str) for line in value):
-                return value
-    return []
+    return value if isinstance(value, list) and all(isinstance(v, str) for v in value) else []
 
 
 def load_tokenizer(folder):
     """Gemma's tokenizer from local files, padding on the right.
 
-    Raises InputError: no such folder, or what it holds does not tokenise as Gemma does.
+    Raises InputError: no such folder, or what it holds does not tokenise as Gemma's does.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -178,13 +168,13 @@ def load_tokenizer(folder):
         ids = tokenizer.encode("a cat")
         back = tokenizer.decode(ids, skip_special_tokens=True)
     except Exception as error:  # whatever a foreign or broken file makes the library raise
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder}: not a Gemma tokenizer ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{folder}: not a Gemma tokenizer ({reason})") from error
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     if bos is None or pad is None or ids.count(bos) != 1 or ids[0] != bos or back != "a cat":
         raise InputError(
-            f"{folder}: not a Gemma tokenizer: 'a cat' gives {ids} with BOS {bos} and padding {pad}, and "
-            f"back {back!r}; it must begin with one BOS and come back unchanged"
+            f"{folder}: not a Gemma tokenizer: 'a cat' gives {ids}, and that {back!r}; it must "
+            f"begin with one BOS ({bos}), come back unchanged, and padding ({pad}) must have an id"
         )
     tokenizer.padding_side = "right"  # as published it is "left"
     return tokenizer
@@ -207,8 +197,9 @@ def tokenize(tokenizer, prompts, instruction="", length=LENGTH):
     """Tokenizes `instruction + prompt`, padded on the right, truncated at the end.
 
     The instruction ends in a space, a token by itself that merges with the first word of a prompt.
-    So prompts begin one position before the end of the instruction, and m = n_chi + length - 2 leaves
-    room for BOS and length - 1 tokens of theirs.  Without an instruction m = length.
+    So prompts begin one position before the end of the n_chi tokens of the instruction, and
+    m = n_chi + length - 2 leaves room for length - 1 tokens of theirs.  Without an instruction
+    m = length, BOS included.
     A prompt that does not fit is cut, with a warning that names it.
 
     Args:
@@ -223,12 +214,13 @@ def tokenize(tokenizer, prompts, instruction="", length=LENGTH):
     if length < 2:
         raise InputError(f"length={length!r}: must be at least 2, BOS and a token of the prompt")
     for i, prompt in enumerate(prompts):
+        what = f"prompts[{i}]={prompt!r}"
         if not isinstance(prompt, str):
-            raise InputError(f"prompts[{i}]={prompt!r}: must be a str, is a {type(prompt).__name__}")
+            raise InputError(f"{what}: must be a str, is a {type(prompt).__name__}")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:  # undecodable bytes of a command line
-            raise InputError(f"prompts[{i}]={prompt!r}: not valid Unicode at character {error.start}") from error
+            raise InputError(f"{what}: not valid Unicode at character {error.start}") from error
     total = len(tokenizer.encode(instruction)) + length - 2 if instruction else length
     texts = [instruction + prompt for prompt in prompts]
     batch = tokenizer(
@@ -242,7 +234,8 @@ def tokenize(tokenizer, prompts, instruction="", length=LENGTH):
     for i in np.flatnonzero(tokens.mask.all(axis=1)):
         excess = len(tokenizer.encode(texts[i], verbose=False)) - total
         if excess > 0:
-            warnings.warn(f"prompts[{i}] is too long: its last {excess} tokens are cut", stacklevel=2)
+            cut = f"prompts[{i}] is too long: its last {excess} tokens are cut"
+            warnings.warn(cut, stacklevel=2)
     return tokens
 
 
@@ -259,14 +252,15 @@ def text_bucket(valid_counts, length=LENGTH, buckets=BUCKETS):
 
 
 def trim(tokens, bucket):
-    """The same texts with `bucket` selected positions; the text encoder sees that much less padding.
+    """The same texts with `bucket` selected positions; the encoder sees that much less padding.
 
     Attention is causal, so the states of valid tokens stay what they are.
     """
     cut = tokens.selection.size - bucket
     keep = tokens.ids.shape[1] - cut
     if cut < 0 or tokens.mask[:, keep:].any():
-        raise ValueError(f"bucket={bucket}: must hold every valid token and be <= {tokens.selection.size}")
+        size = tokens.selection.size
+        raise ValueError(f"bucket={bucket}: must hold every valid token and be <= {size}")
     return Tokens(tokens.ids[:, :keep], tokens.mask[:, :keep], tokens.selection[:bucket])
 
 
@@ -274,7 +268,7 @@ def split_instruction(tokens):
     """(head ids [1 p], rest Tokens) where all texts begin with the same p tokens, else None.
 
     p is where the selected positions begin after the first: the instruction but for its last token.
-    With prefix = Gemma2.encode_prefix(head), the selected states are those of the head's first token
+    With prefix = Gemma2.encode_prefix(head), the selected states are that of the head's first token
     and all of the rest's.  The head is the same for every prompt and worth keeping.
     """
     p = int(tokens.selection[1])

@@ -136,7 +136,8 @@ def python_files():
         top
         for top in ROOT.iterdir()
         if top.is_dir()
-        and not top.name.startswith((".", "build", "dist", "outputs"))
+        and not top.name.startswith(".")
+        and top.name not in ("build", "dist", "outputs")
         and not (top / "pyvenv.cfg").exists()
     ]
     return sorted([*ROOT.glob("*.py"), *(file for top in tops for file in top.rglob("*.py"))])

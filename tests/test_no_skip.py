@@ -15,10 +15,10 @@ def pytest_configure(config):
     for mark in ("parity", "static"):
         config.addinivalue_line("markers", mark)
 """
-SKIP = "import pytest\n@pytest.mark.{mark}\ndef test_a():\n    pytest.skip('no torch')\n"
-SKIPIF = "import pytest\n@pytest.mark.{mark}\n@pytest.mark.skipif('1', reason='')\ndef test_a(): ...\n"
+SKIP = "import pytest\n@pytest.mark.{mark}\ndef test_a(): pytest.skip('no torch')\n"
+SKIPIF = SKIP.replace("def", "@pytest.mark.skipif('1', reason='')\ndef")
 MODULE = "import pytest\npytest.importorskip('no_such_package')\n"
-XFAIL = "import pytest\n@pytest.mark.{mark}\ndef test_a():\n    pytest.xfail('known')\n"
+XFAIL = "import pytest\n@pytest.mark.{mark}\ndef test_a(): pytest.xfail('known')\n"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,10 @@ Here they are scaled so that the output is of order 1 and depends on text, time 
 tests check that before they compare anything.
 """
 
+import dataclasses
+
+import numpy as np
+
 from tests.peers import randomise
 from tests.toy_tokenizer import VOCAB_SIZE, make_tokenizer
 
@@ -59,4 +63,69 @@ def make_pipeline(sample_size=16, flow_shift=3.0):
     return SanaPipeline(
         tokenizer=make_tokenizer(), text_encoder=make_gemma2(), vae=make_dc_ae(),
         transformer=make_transformer(sample_size=sample_size), scheduler=scheduler,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rectangle:
+    """A picture size in pixels and the noise that fits it."""
+
+    height: int
+    width: int
+
+    def noise(self, count, seed=0):
+        shape = (count, self.height // 32, self.width // 32, 32)
+        return np.random.default_rng(seed).normal(size=shape).astype("f")
+
+
+def torch_latents(latents):
+    import torch
+
+    return torch.tensor(np.moveaxis(latents, -1, 1))
+
+
+def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, sampler):
+    """Latents that NVlabs' stack would give, from diffusers' modules with its habits substituted.
+
+    The prompt keeps its case and loses its flags, both halves attend with the prompt's mask, the
+    linear attention's eps is 1e-8 and times are truncated (numerics.md 1.5, 4.5, 6).
+    """
+    import copy
+
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    class Attention:
+        def __call__(self, attn, hidden_states, **_):
+            b, n, d = hidden_states.shape
+            q, k, v = (f(hidden_states).reshape(b, n, -1, 32) for f in (attn.to_q, attn.to_k, attn.to_v))
+            q, k = q.relu(), k.relu()
+            out = torch.einsum("bnhc,bmhc,bmhe->bnhe", q, k, v)
+            out = out / (torch.einsum("bnhc,bmhc->bnh", q, k)[..., None] + 1e-8)
+            return attn.to_out[0](out.reshape(b, n, d)).clip(-65504, 65504)
+
+    transformer = copy.deepcopy(pipeline.transformer)
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(Attention())
+    forward = transformer.forward
+    transformer.forward = lambda *a, timestep, **k: forward(*a, timestep=timestep.long().float(), **k)
+    parts = pipeline.components | {"transformer": transformer}
+    if sampler == "flow-euler":
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    oracle = SanaPipeline(**parts)
+    oracle.set_progress_bar_config(disable=True)
+    oracle._text_preprocessing = lambda texts, clean_caption=False: [t.split("--ar")[0].strip() for t in texts]
+
+    states, mask, negative_states, _ = oracle.encode_prompt(
+        prompts, negative_prompt=negative, complex_human_instruction=instruction.split("\n")
+    )
+    return np.moveaxis(
+        oracle(
+            prompt_embeds=states, prompt_attention_mask=mask, negative_prompt=None,
+            negative_prompt_embeds=negative_states, negative_prompt_attention_mask=mask,
+            latents=torch_latents(latents), num_inference_steps=steps, output_type="latent",
+            height=32 * latents.shape[1], width=32 * latents.shape[2], use_resolution_binning=False,
+        ).images.numpy(),
+        1,
+        -1,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""A small text encoder made offline in a second: a tokenizer that behaves as Gemma's, and a Gemma 2.
+"""A small text encoder made offline in a second: a tokenizer like Gemma's, and a Gemma 2.
 
-The tokenizer: same class, same special ids (pad 0, eos 1, bos 2, unk 3), spaces as "▁", bytes for what the
-vocabulary lacks, left padding as stored.  Words are learned with the space before them, so that a
-trailing space merges with whatever word is appended: the trap of numerics.md section 6.
+The tokenizer: same class, same special ids (pad 0, eos 1, bos 2, unk 3), spaces as "▁", bytes for
+what the vocabulary lacks, left padding as stored.  Words are learned with the space before them, so
+that a trailing space merges with whatever word is appended: the trap of numerics.md section 6.
 """
 
 import functools
@@ -17,7 +17,7 @@ SENTENCES = [
     "an old house in the forest, oil painting, soft colours and warm light",
     "the cat and the dog sleep near the window of the house",
     "User Prompt: write an Enhanced prompt with detail for the image of a simple prompt",
-    "Given a user prompt, describe colour, light, texture and place. Keep the meaning of the prompt.",
+    "Given a user prompt, describe colour, light, texture and place. Keep its meaning.",
     "Examples: a cat sleeping -> a small fluffy white cat sleeping on the window in the sun.",
     "Please write only the enhanced prompt for the prompt below and nothing else:",
     "a busy city street at night, neon lights, people walking in the rain",
@@ -43,7 +43,9 @@ def _learn(vocab_size):
     learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     learner.train_from_iterator(
         [" " + sentence for sentence in SENTENCES],  # so that first words have a space too
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, show_progress=False
+        ),
     )
     model = json.loads(learner.to_str())["model"]
     return model["vocab"], tuple(tuple(merge) for merge in model["merges"])
@@ -65,7 +67,7 @@ def make_gemma2(seed, gain=2.0, **config):
     """(transformers' Gemma2Model in float32, our Gemma2, its parameters): the same random weights.
 
     Args:
-      gain: of the weights, see `peers.randomise`; 2 makes logits of about 5, which the soft cap bends.
+      gain: of the weights, see `peers.randomise`; 2 makes logits of about 5, which the cap bends.
       config: keys of transformers' Gemma2Config in place of those in CONFIG.
     """
     import flax
@@ -82,9 +84,11 @@ def make_gemma2(seed, gain=2.0, **config):
     module = Gemma2(**gemma2.config_fields(config.to_dict()))
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     tree = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
     state = peers.to_numpy_state(peer)
     leaves = rules.to_flax(
         gemma2.transformers_rules(), shapes, peers.header(state), state.items(), "float32"
     )
-    return peer, module, flax.traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, leaves), sep="/")
+    leaves = jax.tree.map(jnp.asarray, leaves)
+    return peer, module, flax.traverse_util.unflatten_dict(leaves, sep="/")

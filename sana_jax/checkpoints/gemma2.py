@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sana_jax.checkpoints.rules import Rule, dense
+from sana_jax.checkpoints.rules import LINEAR, Rule
 from sana_jax.errors import InputError, nearest, require_choice
 
 LAYER = "layers.{i}"
@@ -28,7 +28,7 @@ def transformers_rules():
     }
     return [
         Rule("embed_tokens.weight", "embedding"),
-        *(row for t, f in linear.items() for row in dense(f"{LAYER}.{t}", f"layers/{f}", bias=False)),
+        *(Rule(f"{LAYER}.{t}.weight", f"layers/{f}/kernel", LINEAR) for t, f in linear.items()),
         *(Rule(f"{LAYER}.{t}.weight", f"layers/{f}/scale") for t, f in norms.items()),
         Rule("norm.weight", "norm/scale"),
     ]
@@ -40,7 +40,7 @@ def rename(name):
 
 
 def without_unused(checkpoint):
-    """The checkpoint without the tensors named in UNUSED; anything else unexpected stays an error."""
+    """The checkpoint without the tensors named in UNUSED; any other surplus stays an error."""
     files = {
         path: {stored: name for stored, name in names.items() if name not in UNUSED}
         for path, names in checkpoint.files.items()
@@ -96,14 +96,15 @@ def config_fields(config, source="text_encoder/config.json"):
     heads, kv_heads, depth = fields["heads"], fields["kv_heads"], fields["depth"]
     if heads % kv_heads:
         raise InputError(
-            f"{source}: num_attention_heads={heads}: must be a multiple of num_key_value_heads={kv_heads}"
+            f"{source}: num_attention_heads={heads}: must be a multiple of "
+            f"num_key_value_heads={kv_heads}"
         )
     if fields["head_dim"] % 2:
-        raise InputError(f"{source}: head_dim={fields['head_dim']}: must be even, channels rotate in pairs")
+        raise InputError(f"{source}: head_dim={fields['head_dim']}: must be even")
     if config.get("layer_types") not in (None, layer_types(depth)):
         raise InputError(
-            f"{source}: layer_types={config['layer_types']!r}: must have {depth} entries that alternate, "
-            "'sliding_attention' first and then 'full_attention'"
+            f"{source}: layer_types={config['layer_types']!r}: must be 'sliding_attention' and "
+            f"'full_attention' in turn, {depth} in all"
         )
 
     rope = config.get("rope_parameters") or {}  # since transformers 5; before, rope_theta by itself
@@ -133,7 +134,7 @@ def to_config(fields):
         if field not in known and field != "rope_theta":
             raise InputError(f"{field}: not a field of Gemma2's config{nearest(field, known)}")
     if missing := [field for field in (*known, "rope_theta") if field not in fields]:
-        raise InputError(f"fields of Gemma2 that a config needs and that are absent: {', '.join(missing)}")
+        raise InputError(f"a config needs these fields of Gemma2: {', '.join(missing)}")
     theta = float(fields["rope_theta"])
     return {key: fields[field] for field, key in known.items()} | {
         "architectures": ["Gemma2Model"],

@@ -6,11 +6,13 @@ writing one is `tensor = view(leaf)`; there is no second, inverse table that cou
 tensor goes from the file to its final place in one copy (house.md 5.4).
 """
 
+import collections
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from sana_jax.errors import CheckpointError
@@ -107,6 +109,7 @@ def slots(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict[str, Slot]
     """
     out, problems = {}, []
     covered = {path: 0 for path in shapes}
+    sharing = collections.defaultdict(list)  # path -> slots of the whole leaf, or of its first layer
     for rule in rules:
         if rule.flax not in shapes:
             problems.append(f"{rule.torch} -> {rule.flax}: no such parameter")
@@ -118,12 +121,27 @@ def slots(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict[str, Slot]
                 problems.append(f"{name}: two rules")
             out[name] = Slot(rule.flax, layer, rule.layout)
             covered[rule.flax] += math.prod(out[name].shape(shapes[rule.flax]))
+            if not layer:
+                sharing[rule.flax].append(out[name])
     for path, count in covered.items():
         if count != math.prod(shapes[path]):
             problems.append(f"{path}: rules cover {count} of {math.prod(shapes[path])} elements")
+        elif len(sharing[path]) > 1 and _overlap(sharing[path], shapes[path]):
+            problems.append(f"{path}: rules cover elements twice and leave others out")
     if problems:
         raise ValueError("the conversion table is not total:\n  " + "\n  ".join(problems))
     return out
+
+
+def _overlap(several, shape):
+    """Whether slots that share a leaf, or its first layer, meet; all layers are alike."""
+    if several[0].layer is not None:
+        shape = shape[1:]
+    count = np.zeros(shape, np.uint8)
+    for slot in several:
+        view = slot.layout.view(count)
+        view += 1
+    return bool((count > 1).any())
 
 
 def _listed(title, items):
@@ -197,7 +215,8 @@ def to_flax(rules, shapes, header, tensors, dtype, source="checkpoint") -> dict[
         view = slot.view(leaves[slot.path])
         with np.errstate(over="ignore"):
             view[...] = tensor.reshape(view.shape)
-        if tensor.dtype.itemsize > view.dtype.itemsize and name not in broken and not np.isfinite(view).all():
+        narrower = ml_dtypes.finfo(tensor.dtype).max > ml_dtypes.finfo(view.dtype).max
+        if narrower and name not in broken and not np.isfinite(view).all():
             broken.append(f"{name} (overflows {view.dtype.name})")
         filled.add(name)
     if unread := table.keys() - filled:

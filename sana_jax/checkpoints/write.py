@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 SHARD_BYTES = 5 * 10**9  # the peers' own limit
@@ -34,10 +35,15 @@ def write_safetensors(folder, stem, tensors, shard_bytes=SHARD_BYTES):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pending, size, parts, weight_map, total = {}, 0, [], {}, 0
+    mode = 0o666 & ~umask()
 
     def flush():
         part = folder / f"{stem}.part-{len(parts)}"
-        safetensors.numpy.save_file(pending, part, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(pending, part, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{part}: {error}") from error
+        part.chmod(mode)  # safetensors keeps its files from everybody else
         parts.append((part, list(pending)))
         pending.clear()
 
@@ -55,12 +61,21 @@ def write_safetensors(folder, stem, tensors, shard_bytes=SHARD_BYTES):
         for part in folder.glob(f"{stem}.part-*"):
             part.unlink()
         raise
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if len(parts) == 1:
-        os.replace(parts[0][0], folder / f"{stem}.safetensors")
+        os.replace(parts[0][0], single)
+        index.unlink(missing_ok=True)  # of earlier shards: it would hide the new file
         return
     for i, (part, names) in enumerate(parts, 1):
         file = f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors"
         os.replace(part, folder / file)
         weight_map |= {name: file for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    single.unlink(missing_ok=True)  # of an earlier save: readers differ in which they prefer
+
+
+def umask():
+    """The permissions that new files and folders of this process go without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

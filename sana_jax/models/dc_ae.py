@@ -72,7 +72,7 @@ def relu_quadratic_attention(qkv, eps):
     and after they are normalised in float32.  [b n k 3*c] -> [b n k c].
     """
     q, k, v = jnp.split(qkv, 3, axis=-1)
-    weights = jnp.einsum("bnkc,bmkc->bknm", jax.nn.relu(q), jax.nn.relu(k)).astype(jnp.float32)
+    weights = jnp.einsum("bnkc,bmkc->bknm", ops.relu(q), ops.relu(k)).astype(jnp.float32)
     weights = weights / (weights.sum(axis=-1, keepdims=True) + eps)
     return jnp.einsum("bknm,bmkc->bnkc", weights.astype(v.dtype), v)
 
@@ -206,7 +206,7 @@ class Stage(nn.Module):
 
 
 def named_blocks(depth, attention, head_dim, types):
-    """Parts of a Stage: ResBlocks if `attention` is None, else EfficientViTBlocks of these scales."""
+    """Parts of a Stage: ResBlocks if `attention` is None, else EfficientViTBlocks with it."""
     block = functools.partial(ResBlock, **types)
     if attention is not None:
         block = functools.partial(EfficientViTBlock, scales=attention, head_dim=head_dim, **types)
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
                 parts = (("up", functools.partial(Up, self.widths[i], **types)), *parts)
             x = Stage(parts, name=f"stage_{i}")(x)
         x = RMSNorm(use_bias=True, param_dtype=self.param_dtype, name="norm_out")(x)
-        return Conv3x3(self.out_channels, name="conv_out", **types)(nn.relu(x))
+        return Conv3x3(self.out_channels, name="conv_out", **types)(ops.relu(x))
 
 
 class DCAE(nn.Module):

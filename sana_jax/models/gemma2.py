@@ -182,11 +182,13 @@ class Gemma2(nn.Module):
     def _states(self, ids, mask, prefix, keep):
         init = nn.initializers.normal(0.02)
         embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
-        # The factor is rounded to the hidden dtype, as the weights that Gemma was trained with.
-        h = jnp.take(embedding, ids, axis=0).astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
+        # The factor is rounded like the hidden state that it makes, as it was in training.
+        factor = jnp.asarray(self.width**0.5, self.dtype)
+        h = jnp.take(embedding, ids, axis=0).astype(self.dtype) * factor
 
         length = 0 if prefix is None else prefix.keys.shape[2]
-        valid = jnp.concatenate([jnp.ones((ids.shape[0], length), bool), mask], axis=1)
+        before = jnp.ones((ids.shape[0], length), bool)
+        valid = jnp.concatenate([before, mask.astype(bool)], axis=1)
         keys = jnp.arange(valid.shape[1])
         queries = keys[length:]
         table = rotary_table(queries, self.head_dim, self.rope_theta, self.dtype)

@@ -1,12 +1,14 @@
 """DC-AE against diffusers' `AutoencoderDC`, built from its class with random weights.
 
 Errors are max |ours - theirs| / rms(theirs).  BOUND for float32: two correct evaluations differ by
-their own rounding.  diffusers in float32 is up to 8e-6 away from itself in float64 on these models,
-we up to 9e-6, so 2e-5 is little more than the sum; each mistake of the controls costs over 1e-4.
+their own rounding.  Against float64 (x86 CPU, 4 seeds, 3 sizes) diffusers in float32 is off by up
+to 6e-6 and we by up to 5e-6, and we differ by up to 8e-6; BOUND is twice that.  The mildest mistake
+among the controls costs 1e-1.
 """
 
 import copy
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -15,16 +17,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax import ops
 from sana_jax.checkpoints import dc_ae as names
 from sana_jax.checkpoints import rules
-from sana_jax.errors import InputError
 from sana_jax.models import dc_ae
 from sana_jax.models.layers import RMSNorm
 from tests import peers
 
-BOUND = 2e-5
-GAIN = 2.0  # makes the images' rms exceed 1; the latents' is about 15
+BOUND = 1.5e-5
 
 TOY = dc_ae.DCAE(
     widths=(16, 32, 32, 64, 64, 128),
@@ -46,16 +45,27 @@ def peer():
     diffusers = pytest.importorskip("diffusers")
     fields = {f.name: getattr(TOY, f.name) for f in dataclasses.fields(TOY)}
     module = diffusers.AutoencoderDC.from_config(names.to_diffusers_config(fields))
-    return peers.randomise(module, seed=0, gain=GAIN)
+    return randomise(module, seed=0)
+
+
+def randomise(module, seed):
+    """Latents get an rms of 3 to 8, images of 1.5 to 3."""
+    peers.randomise(module, seed)
+    module.decoder.conv_out.weight *= 3
+    return module
+
+
+@functools.cache
+def toy_shapes():
+    shapes = jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
 def to_params(module, dtype=np.float32):
-    shapes = jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
     depths = TOY.encoder_depths, TOY.decoder_depths
     table = names.diffusers_rules(*depths, TOY.encoder_attention, TOY.decoder_attention)
     state = peers.to_numpy_state(module)
-    leaves = rules.to_flax(table, shapes, peers.header(state), state.items(), dtype)
+    leaves = rules.to_flax(table, toy_shapes(), peers.header(state), state.items(), dtype)
     return unflatten_dict(leaves, sep="/")
 
 
@@ -103,10 +113,8 @@ def decode(params, z):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 256, 320),  # every attention linear
-        (2, 96, 160),  # latent 3 x 5: from 60 tokens down to 15, both attentions
-        (1, 32, 64),  # 32 tokens where attention starts: the largest that is quadratic
-        (1, 32, 32),  # a latent of one token
+        (1, 160, 224),  # latent 5 x 7: every attention is linear, down to 35 tokens
+        (2, 32, 32),  # latent 1 x 1: every attention is quadratic, from 16 tokens on
     ],
 )
 def test_whole_model(peer, params, shape):
@@ -121,7 +129,7 @@ def test_whole_model(peer, params, shape):
 
 @pytest.mark.parity
 def test_as_close_to_float64_as_the_peer(peer, params):
-    x = image(1, 128, 160)
+    x = image(1, 160, 224)
     exact = copy.deepcopy(peer).double()
     z = exact.encode(nchw(x).double()).latent
     theirs = error(nhwc(peer.encode(nchw(x)).latent), nhwc(z))
@@ -131,7 +139,7 @@ def test_as_close_to_float64_as_the_peer(peer, params):
     theirs_y = error(nhwc(peer.decode(z).sample), y)
     ours_y = error(decode(params, nhwc(z).astype(np.float32)), y)
     print(f"latent: ours {ours:.1e}, theirs {theirs:.1e}; image: {ours_y:.1e}, {theirs_y:.1e}")
-    assert ours <= 2 * theirs and ours_y <= 2 * theirs_y
+    assert ours <= 3 * theirs and ours_y <= 3 * theirs_y
 
 
 @pytest.mark.parity
@@ -140,47 +148,49 @@ def test_bfloat16_loses_no_more_than_the_peer(peer):
     import torch
 
     model = TOY.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    halves = [jax.jit(lambda p, x, m=m: model.apply({"params": p}, x, method=m)) for m in ("encode", "decode")]
+    halves = [
+        jax.jit(lambda p, x, method=method: model.apply({"params": p}, x, method=method))
+        for method in ("encode", "decode")
+    ]
     ratios = []
-    for seed in range(6):
-        low = peers.randomise(copy.deepcopy(peer), seed, GAIN).to(torch.bfloat16)
+    for seed in range(5):
+        low = randomise(copy.deepcopy(peer), seed).to(torch.bfloat16)
         high = copy.deepcopy(low).float()
-        x = nchw(image(1, 128, 160, seed=seed)).bfloat16()
+        x = nchw(image(1, 160, 224, seed=seed)).bfloat16()
         z = low.encode(x).latent
         pairs = [
-            (low.encode(x).latent, high.encode(x.float()).latent, encode, x),
+            (z, high.encode(x.float()).latent, encode, x),
             (low.decode(z).sample, high.decode(z.float()).sample, decode, z),
         ]
-        ratio = []
+        exact, own_low, ratio = to_params(high), to_params(low, jnp.bfloat16), []
         for (rough, fine, own, inputs), half in zip(pairs, halves):
             inputs = nhwc(inputs).astype(np.float32)
-            ours = np.asarray(half(to_params(low, jnp.bfloat16), inputs), np.float32)
-            ratio.append(peers.rms(ours - own(to_params(high), inputs)) / peers.rms(rough.float() - fine))
+            ours = np.asarray(half(own_low, inputs), np.float32)
+            ratio.append(peers.rms(ours - own(exact, inputs)) / peers.rms(rough.float() - fine))
         ratios.append(ratio)
     print("bfloat16 error, ours / theirs, encode and decode:", np.mean(ratios, axis=0))
     assert (np.mean(ratios, axis=0) <= 1.2).all()
 
 
-def test_images_of_a_batch_do_not_mix():
-    params = TOY.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    x = image(2, 64, 96)
-    for half, x in ((encode, x), (decode, noise(2, 2, 3, 32))):
-        both = np.asarray(half(params, x))
-        assert error(np.concatenate([half(params, x[:1]), half(params, x[1:])]), both) <= 1e-6
-        assert error(both[:1], both[1:]) > 0.1
+@pytest.mark.parity
+def test_images_of_a_batch_do_not_mix(params):
+    x = image(2, 32, 32)
+    y, z = encode(params, x), encode(params, np.stack([x[0], -x[0]]))
+    assert (y[0] == z[0]).all() and (y[1] != z[1]).any()
 
 
-# --- Block by block: (place in the peer, module, path, input).
+# --- Block by block: (name in the peer, path in ours, module, input).
 
+RES, VIT, DOWN, UP = dc_ae.ResBlock(), dc_ae.EfficientViTBlock(), dc_ae.Down, dc_ae.Up
 CASES = {
-    "res": (lambda p: p.encoder.down_blocks[2][0], dc_ae.ResBlock(), "encoder/stage_2/block_0", (2, 12, 10, 32)),
-    "vit": (lambda p: p.encoder.down_blocks[3][1], dc_ae.EfficientViTBlock(), "encoder/stage_3/block_1", (2, 3, 11, 64)),
-    "vit, 32 tokens": (lambda p: p.decoder.up_blocks[5][0], dc_ae.EfficientViTBlock(), "decoder/stage_5/block_0", (2, 4, 8, 128)),
-    "down, wider": (lambda p: p.encoder.down_blocks[2][1], dc_ae.Down(64), "encoder/stage_2/down", (2, 6, 10, 32)),
-    "down, as wide": (lambda p: p.encoder.down_blocks[1][1], dc_ae.Down(32), "encoder/stage_1/down", (1, 6, 10, 32)),
-    "up, narrower": (lambda p: p.decoder.up_blocks[2][0], dc_ae.Up(32), "decoder/stage_2/up", (2, 6, 5, 64)),
-    "up, as wide": (lambda p: p.decoder.up_blocks[3][0], dc_ae.Up(64), "decoder/stage_3/up", (1, 6, 5, 64)),
-}  # fmt: skip
+    "res": ("encoder.down_blocks.2.0", "encoder/stage_2/block_0", RES, (2, 12, 10, 32)),
+    "vit": ("encoder.down_blocks.3.1", "encoder/stage_3/block_1", VIT, (2, 3, 11, 64)),
+    "vit, 32 tokens": ("decoder.up_blocks.5.0", "decoder/stage_5/block_0", VIT, (2, 4, 8, 128)),
+    "down, wider": ("encoder.down_blocks.2.1", "encoder/stage_2/down", DOWN(64), (2, 6, 10, 32)),
+    "down, as wide": ("encoder.down_blocks.1.1", "encoder/stage_1/down", DOWN(32), (1, 6, 10, 32)),
+    "up, narrower": ("decoder.up_blocks.2.0", "decoder/stage_2/up", UP(32), (2, 6, 5, 64)),
+    "up, as wide": ("decoder.up_blocks.3.0", "decoder/stage_3/up", UP(64), (1, 6, 5, 64)),
+}
 
 
 def at(tree, path):
@@ -192,10 +202,10 @@ def at(tree, path):
 @pytest.mark.parity
 @pytest.mark.parametrize("case", CASES)
 def test_block_and_its_gradient(peer, params, case):
-    place, module, path, shape = CASES[case]
+    name, path, module, shape = CASES[case]
     params, x = at(params, path), noise(*shape)
     theirs_in = nchw(x).requires_grad_()
-    theirs = place(peer)(theirs_in)
+    theirs = peer.get_submodule(name)(theirs_in)
     ours, pullback = jax.vjp(jax.jit(lambda x: module.apply({"params": params}, x)), x)
     assert error(ours, nhwc(theirs)) <= BOUND
     probe = noise(*ours.shape, seed=1)
@@ -206,8 +216,8 @@ def test_block_and_its_gradient(peer, params, case):
 @pytest.mark.parity
 @pytest.mark.parametrize("case", ["vit", "vit, 32 tokens"])
 def test_attention_and_mix_ffn_apart(peer, params, case):
-    place, module, path, shape = CASES[case]
-    block, x = place(peer), noise(*shape)
+    name, path, module, shape = CASES[case]
+    block, x = peer.get_submodule(name), noise(*shape)
     middle = block.attn(nchw(x))
     expected = {
         "attention_norm": middle - nchw(x),
@@ -215,8 +225,8 @@ def test_attention_and_mix_ffn_apart(peer, params, case):
     }
     variables = {"params": at(params, path)}
     _, state = module.apply(variables, x, capture_intermediates=True)
-    for name, theirs in expected.items():
-        ours = state["intermediates"][name]["__call__"][0]
+    for part, theirs in expected.items():
+        ours = state["intermediates"][part]["__call__"][0]
         assert error(ours, nhwc(theirs)) <= BOUND
 
 
@@ -272,10 +282,8 @@ def groups_with_a_stride(patch, params):
 
 
 def same_padding(patch, params):
-    def conv(*args, padding, **kwargs):
-        return nn.Conv(*args, kernel_size=(3, 3), padding="SAME", **kwargs)
-
-    patch.setattr(dc_ae, "Conv3x3", lambda *args, **kwargs: conv(*args, padding=None, **kwargs))
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding="SAME")
+    patch.setattr(dc_ae, "Conv3x3", conv)
     return params
 
 
@@ -300,7 +308,8 @@ def thirds(patch, params):
         shape = kernel.shape[:-1] + (3, heads, c)
         return kernel.reshape(shape).swapaxes(-3, -2).reshape(kernel.shape)
 
-    changed = {name: {"kernel": moved(attention[name]["kernel"], 32)} for name in ("qkv", "scale_5")}
+    leaves = ("qkv", "scale_5")
+    changed = {name: {"kernel": moved(attention[name]["kernel"], 32)} for name in leaves}
     mix = attention["scale_5_mix"]["kernel"]
     changed["scale_5_mix"] = {"kernel": moved(mix.T, 1).T}
     return params | {"attention": attention | changed}
@@ -313,11 +322,6 @@ def swapped_gate(patch, params):
     ffn = params["mix_ffn"]
     changed = {name: jax.tree.map(swapped, ffn[name]) for name in ("expand", "depthwise")}
     return params | {"mix_ffn": ffn | changed}
-
-
-def silu_at_the_end(patch, params):
-    patch.setattr(nn, "relu", nn.silu)
-    return params
 
 
 CONTROLS = [
@@ -340,9 +344,9 @@ CONTROLS = [
 @pytest.mark.parity
 @pytest.mark.parametrize(("case", "control"), CONTROLS)
 def test_bound_catches(peer, params, monkeypatch, case, control):
-    place, module, path, shape = CASES[case]
+    name, path, module, shape = CASES[case]
     x = noise(*shape)
-    theirs = nhwc(place(peer)(nchw(x)))
+    theirs = nhwc(peer.get_submodule(name)(nchw(x)))
     assert error(module.apply({"params": at(params, path)}, x), theirs) <= BOUND
     wrong = control(monkeypatch, at(params, path))
     assert error(module.apply({"params": wrong}, x), theirs) > 5 * BOUND
@@ -350,19 +354,19 @@ def test_bound_catches(peer, params, monkeypatch, case, control):
 
 @pytest.mark.parity
 def test_bound_catches_silu_at_the_end(peer, params, monkeypatch):
-    z = noise(1, 2, 1, 32)
+    z = noise(2, 1, 1, 32)
     theirs = nhwc(peer.decode(nchw(z)).sample)
-    run = lambda: TOY.apply({"params": params}, z, method="decode")  # noqa: E731
-    assert error(run(), theirs) <= BOUND
-    silu_at_the_end(monkeypatch, params)
-    assert error(run(), theirs) > 5 * BOUND
+    assert error(decode(params, z), theirs) <= BOUND
+    monkeypatch.setattr(nn, "relu", nn.silu)
+    wrong = jax.jit(lambda: TOY.apply({"params": params}, z, method="decode"))
+    assert error(wrong(), theirs) > 5 * BOUND
 
 
 @pytest.mark.parity
 def test_norm_eps_of_faint_signals(peer, params, monkeypatch):
     """1e-5 and 1e-6 are told apart only where the signal's power is no larger than that."""
-    place, module, path, shape = CASES["res"]
-    faint = copy.deepcopy(place(peer))
+    name, path, module, shape = CASES["res"]
+    faint = copy.deepcopy(peer.get_submodule(name))
     faint.conv2.weight *= 1e-3
     change = at(params, path)
     change = change | {"conv_2": {"kernel": change["conv_2"]["kernel"] * np.float32(1e-3)}}
@@ -371,82 +375,3 @@ def test_norm_eps_of_faint_signals(peer, params, monkeypatch):
     assert error(module.apply({"params": change}, x), theirs) <= BOUND
     norm_eps(1e-6)(monkeypatch, change)
     assert error(module.apply({"params": change}, x), theirs) > 5 * BOUND
-
-
-# --- Without the peer.
-
-
-def test_channel_order_by_hand():
-    x = jnp.arange(8.0).reshape(1, 2, 2, 2)  # x[dy, dx, c] = 4 dy + 2 dx + c
-    assert dc_ae.space_to_channel(x).ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    x = noise(2, 4, 6, 8)
-    assert (dc_ae.channel_to_space(dc_ae.space_to_channel(x)) == x).all()
-    x = jnp.arange(4.0).reshape(1, 1, 1, 4)
-    assert dc_ae.average(x, 2).ravel().tolist() == [0.5, 2.5]
-    assert dc_ae.duplicate(x, 8).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    assert dc_ae.nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
-
-
-def test_quadratic_attention_is_the_linear_one():
-    qkv = noise(2, 9, 3, 24)
-    linear = ops.relu_linear_attention(qkv, 1e-15)
-    assert error(dc_ae.relu_quadratic_attention(qkv, 1e-15), linear) <= 1e-6
-    qkv[:, 0, :, :8] = -1  # a query that sees nothing
-    assert (dc_ae.relu_quadratic_attention(qkv, 1e-15)[:, 0] == 0).all()
-
-
-@pytest.mark.parametrize(("grid", "quadratic"), [((4, 8), True), ((3, 11), False)])
-def test_attention_is_quadratic_up_to_32_tokens(monkeypatch, grid, quadratic):
-    calls = []
-
-    def spy(qkv, eps):
-        calls.append(qkv.shape)
-        return ops.relu_linear_attention(qkv, eps)
-
-    monkeypatch.setattr(dc_ae, "relu_quadratic_attention", spy)
-    x = jax.ShapeDtypeStruct((1, *grid, 64), jnp.float32)
-    jax.eval_shape(dc_ae.MultiScaleAttention().init, jax.random.key(0), x)
-    assert calls == ([(1, 32, 4, 96)] if quadratic else [])
-
-
-def test_blocks_are_captured_in_the_order_they_run():
-    x = image(1, 32, 32)
-    params = TOY.init(jax.random.key(0), x)
-    _, state = TOY.apply(params, x, capture_intermediates=True)
-    names = [path.removesuffix("/__call__") for path in flatten_dict(state["intermediates"], sep="/")]
-    blocks = [n for n in names if n.count("/") == 2] + ["end"]
-    assert blocks[:3] == ["encoder/stage_0/block_0", "encoder/stage_0/down", "encoder/stage_1/block_0"]
-    half = blocks.index("decoder/stage_5/block_0")
-    assert blocks[half - 1] == "encoder/stage_5/block_0"
-    assert blocks[half + 1 : half + 3] == ["decoder/stage_4/up", "decoder/stage_4/block_0"]
-    assert blocks[-2] == "decoder/stage_0/block_0"
-    assert names.index("encoder/conv_in") == 0 and names[-2:] == ["decoder/conv_out", "decoder"] or names
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"encoder_depths": (1, 2)}, r"encoder_depths=\(1, 2\): needs 6 entries"),
-        ({"latent_channels": 48}, "latent_channels=48: must divide the last width, 128"),
-        ({"widths": (16, 32, 32, 64, 64, 320)}, "64 and 320"),
-    ],
-)
-def test_impossible_fields(fields, message):
-    with pytest.raises(InputError, match=message):
-        jax.eval_shape(TOY.clone(**fields).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (64, 64, 3), (1, 48, 64, 3)])
-def test_impossible_images(shape):
-    with pytest.raises(InputError, match="multiples of 32"):
-        jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros(shape))
-
-
-def test_preset_size():
-    model = dc_ae.DC_AE_F32C32_SANA
-    assert model.compression == 32 and model.scaling_factor == 0.41407
-    assert hash(model) == hash(dc_ae.DCAE())
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))["params"]
-    count = {half: sum(leaf.size for leaf in jax.tree.leaves(params[half])) for half in params}
-    assert count == {"encoder": 153_027_104, "decoder": 159_223_171}

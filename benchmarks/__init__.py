@@ -1,0 +1,1 @@
+"""Measurements on an accelerator; see README.md.  Nothing in `sana_jax` imports this."""
