@@ -13,14 +13,12 @@ Also written: the optimized HLO of the 20-step program (gzip), and the kernels o
 A trace is not taken: profiling switches command buffers off, and with them what is to be measured.
 """
 
-import collections
 import functools
 import gzip
 import pathlib
-import re
 import time
 
-from benchmarks import environment, models
+from benchmarks import environment, hlo, models
 
 COPIES, SETS = 16, 8
 COLUMNS = ("part", "us", "expected_us", "tflops", "gbs", "compile_s", "error")
@@ -149,10 +147,16 @@ def shrink(module, params, depth):
     return module.clone(depth=depth), params
 
 
-def network(module, params, size, copies):
-    """One evaluation of the guided pair, text and time prepared."""
+def network(module, params, size, copies, unrolled=False):
+    """One evaluation of the guided pair, text and time prepared.
+
+    unrolled: blocks in sequence on arrays of their own.  The scan slices stacked weights, and XLA
+    may copy every slice before it multiplies with it; this variant shows what that costs.
+    """
     import jax
     import jax.numpy as jnp
+
+    from sana_jax.models.sana import SanaBlock
 
     side, draw = size // 32, functools.partial(jax.random.normal, dtype=module.dtype)
     keys = jax.random.split(jax.random.key(7), 3)
@@ -164,63 +168,24 @@ def network(module, params, size, copies):
     def evaluate(x, params, moment, text):
         return module.apply({"params": params}, x, moment, text, method="velocity")
 
+    if unrolled:
+        block = SanaBlock(
+            module.heads, module.cross_heads, int(module.ffn_ratio * module.width), module.qk_norm,
+            module.attention_eps, module.cross_norm_eps, module.clamp, module.dtype, module.param_dtype,
+        )  # fmt: skip
+        layers = [jax.tree.map(lambda a: a[i], (params["blocks"], text.kv)) for i in range(module.depth)]
+        width = module.width
+
+        def evaluate(x, layers, moment, bias):
+            x = jnp.tile(x, (1, 1, 1, width // x.shape[-1]))  # in place of the two small ends
+            for weights, kv in layers:
+                x, _ = block.apply({"params": weights}, x, kv, moment.rows, bias)
+            return x
+
+        params, text = layers, text.bias
     shape = 2, side, side, module.latent_channels
     sets = [(draw(k, shape), params, moment, text) for k in jax.random.split(keys[1], 2)]
     return timed(chained(evaluate, copies), copies, sets)
-
-
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([a-z][a-z0-9-]*)\((.*)$")
-QUIET = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "iota", "async-start",
-         "async-done", "partition-id", "replica-id", "after-all", "opt-barrier", "conditional"}  # fmt: skip
-
-
-def computations(text):
-    """{name: [(opcode, rest of the line)]} of an HLO module as text."""
-    found, current = {}, None
-    for line in text.splitlines():
-        if head := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line):
-            current = found.setdefault(head[1], [])
-        elif current is not None and (match := INSTRUCTION.match(line)):
-            current.append((match[2], match[3]))
-    return found
-
-
-def kernels(found, name):
-    """Counter of what a computation launches, through calls and loops (times their trip counts)."""
-    count = collections.Counter()
-    for opcode, rest in found.get(name, ()):
-        if opcode in ("while", "call"):
-            inner = re.search(r"(?:body|to_apply)=%?([\w.-]+)", rest)
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-            factor = int(trips[1]) if trips else 1
-            for kind, n in (kernels(found, inner[1]) if inner else {}).items():
-                count[kind] += factor * n
-        elif opcode == "fusion":
-            kind = re.search(r'"kind":"(__[\w$]+)"', rest) or re.search(r"kind=(k\w+)", rest)
-            count[f"fusion {kind[1] if kind else ''}"] += 1
-        elif opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]+)"', rest)
-            count[f"custom-call {target[1] if target else ''}"] += 1
-        elif opcode not in QUIET:
-            count[opcode] += 1
-    return count
-
-
-def hlo_summary(text):
-    """Kernels of one step: the outermost loop of the program is the solver's."""
-    found = computations(text)
-    bodies = {m[1] for lines in found.values() for _, r in lines if (m := re.search(r"body=%?([\w.-]+)", r))}
-    steps = [b for b in bodies if any(op == "while" or "while" in r for op, r in found.get(b, ()))]
-    counts = {body: kernels(found, body) for body in bodies}
-    step = max(steps or bodies, key=lambda b: sum(counts[b].values()), default=None)
-    if step is None:
-        return {"kernels_per_step": None}
-    # Of nested loops the one with most launches in one pass is the solver's body.
-    return {
-        "kernels_per_step": sum(counts[step].values()), "by_kind": dict(counts[step].most_common()),
-        "loops": {b: dict(c.most_common()) for b, c in counts.items()},
-        "command_buffers": len([c for c in found if c.startswith("command_buffer")]),
-    }  # fmt: skip
 
 
 def denoise_hlo(module, params, size, output):
@@ -242,7 +207,7 @@ def denoise_hlo(module, params, size, output):
     text = compiled.as_text()
     with gzip.open(output / "denoise_program.hlo.txt.gz", "wt", compresslevel=9) as file:
         file.write(text)
-    return hlo_summary(text) | {"temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9}
+    return hlo.summary(text) | {"temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9}
 
 
 def main(argv=None):
@@ -269,6 +234,7 @@ def main(argv=None):
 
     more |= environment.attempt({}, lambda: {"denoise": denoise_hlo(module, params, args.size, output)})
     whole = add("whole network", lambda: network(module, params, args.size, 2))
+    add("all blocks, no scan", lambda: network(module, params, args.size, 2, unrolled=True))
     one = add("network of one block", lambda: network(*shrink(module, params, 1), args.size, 2))
     if whole and one:
         add("one block, by difference", lambda: {"us": (whole - one) / (module.depth - 1)})

@@ -12,6 +12,8 @@ import numpy as np
 
 from sana_jax.errors import NonFiniteError
 
+# A compiler that keeps small floats in float32 between two layers would hide what overflows there.
+STRICT = {"xla_allow_excess_precision": False}
 ADVICE = "the dtype may be too small for this checkpoint: try bfloat16 or float32"
 
 
@@ -28,7 +30,7 @@ def explain_text(gemma2, params, ids, mask):
     absmax = np.asarray(probes["intermediates"]["layers"]["absmax"][0])
     for layer, value in enumerate(absmax):
         if not np.isfinite(value):
-            raise NonFiniteError(f"text encoder: layers/{layer} is not finite in {gemma2.dtype.__name__}; {ADVICE}")
+            raise NonFiniteError(f"text encoder: layers/{layer} is not finite in {jnp.dtype(gemma2.dtype).name}; {ADVICE}")
     raise NonFiniteError("text encoder: the final norm is not finite; " + ADVICE)
 
 
@@ -55,7 +57,8 @@ def explain_denoise(sana, params, denoise, arguments, static):
     _check_parameters("transformer", params)
     reports = []
     probed = _Probed(sana, reports.append)
-    latents = jax.jit(lambda p, a: denoise(probed, p, *a, **static))(params, arguments)
+    repeat = jax.jit(lambda p, a: denoise(probed, p, *a, **static), compiler_options=STRICT)
+    latents = repeat(params, arguments)
     jax.block_until_ready(latents)
     jax.effects_barrier()
     for step, absmax in enumerate(reports):
@@ -68,16 +71,27 @@ def explain_denoise(sana, params, denoise, arguments, static):
 
 
 def explain_decode(dc_ae, params, decode, latents):
-    """Names the first layer of the decoder whose output is not finite.  Runs layer by layer."""
+    """Names the first layer of the decoder whose output is not finite."""
     _check_parameters("autoencoder", params)
+    paths = []  # in the order of computation, inner layers before those that hold them
 
-    def probe(run, args, kwargs, context):
-        out = run(*args, **kwargs)
-        if context.method_name == "__call__" and not bool(jnp.isfinite(out).all()):
-            path = "/".join(context.module.path)
-            raise NonFiniteError(f"autoencoder: {path} is not finite in {jnp.dtype(dc_ae.dtype).name}; {ADVICE}")
-        return out
+    def finite(params, latents):
+        flags = []
 
-    with nn.intercept_methods(probe):
-        decode(params, latents)
+        def probe(run, args, kwargs, context):
+            out = run(*args, **kwargs)
+            if context.method_name == "__call__":
+                paths.append("/".join(context.module.path))
+                flags.append(jnp.isfinite(out).all())
+            return out
+
+        with nn.intercept_methods(probe):
+            decode(params, latents)
+        return jnp.stack(flags)
+
+    flags = jax.jit(finite, compiler_options=STRICT)(params, latents)
+    bad = np.flatnonzero(~np.asarray(flags))
+    if bad.size:
+        name = jnp.dtype(dc_ae.dtype).name
+        raise NonFiniteError(f"autoencoder: {paths[bad[0]]} is not finite in {name}; {ADVICE}")
     raise NonFiniteError("autoencoder: the image is not finite although every layer is; " + ADVICE)

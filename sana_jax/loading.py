@@ -252,6 +252,7 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
         source = folder / component
         return {"dtype": precision.without_float16(precision.stored(open_checkpoint(source, stems).dtypes, source))}
 
+    flow_shift = read_flow_shift(folder / "scheduler")
     tokenizer = text.load_tokenizer(folder / "tokenizer")
     sana = load_sana(folder / "transformer", **main_dtype)
     dc_ae = load_dc_ae(folder / "vae", **other("vae"))
@@ -259,7 +260,7 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
     encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
     if stack == "auto":
         stack = extras.get("stack", "diffusers")
-    return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=read_flow_shift(folder / "scheduler"))
+    return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift)
 
 
 def _config(module):

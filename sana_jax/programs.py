@@ -20,6 +20,15 @@ SAMPLERS = {
 }
 
 
+def pairs(a, b):
+    """[b ...], [b ...] -> [2b ...], rows alternating.
+
+    The halves of guidance stay neighbours: a batch that is sharded over devices then needs no
+    exchange between them, which the usual concatenation does.
+    """
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
 def denoise(sana, params, conditions, latents, schedule, scale, interval, *, sampler, guided, limited):
     """conditions (states, mask, negative states, negative mask) and noise -> x_0 [b h w c] float32.
 
@@ -28,20 +37,21 @@ def denoise(sana, params, conditions, latents, schedule, scale, interval, *, sam
     """
     apply = functools.partial(sana.apply, {"params": params})
     states, mask, negative_states, negative_mask = conditions
-    batch = latents.shape[0]
-    if guided:  # the unconditional half first, as both stacks have it
-        states = jnp.concatenate([negative_states, states])
-        mask = jnp.concatenate([negative_mask, mask])
+    if guided:
+        states, mask = pairs(negative_states, states), pairs(negative_mask, mask)
     captions = apply(states, mask, method="embed_text")
     times = schedule.sigma, apply(schedule.t[:, None], method="embed_time")
 
     def conditional(x, t):
-        prompts = captions.replace(kv=captions.kv[:, -batch:], bias=captions.bias[-batch:])
+        prompts = captions
+        if guided:
+            prompts = captions.replace(kv=captions.kv[:, 1::2], bias=captions.bias[1::2])
         return apply(x, t[1], prompts, method="velocity")
 
     def both(x, t):
-        v = apply(jnp.concatenate([x, x]), t[1], captions, method="velocity")
-        return jnp.split(v, 2)
+        v = apply(pairs(x, x), t[1], captions, method="velocity")
+        v = v.reshape(-1, 2, *x.shape[1:])
+        return v[:, 0], v[:, 1]
 
     velocity = conditional
     if guided:

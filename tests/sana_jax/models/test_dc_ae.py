@@ -9,6 +9,7 @@ among the controls costs 1e-1.
 import copy
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sana_jax import ops
 from sana_jax.checkpoints import dc_ae as names
 from sana_jax.checkpoints import rules
 from sana_jax.models import dc_ae
@@ -354,10 +356,11 @@ def test_bound_catches(peer, params, monkeypatch, case, control):
 
 @pytest.mark.parity
 def test_bound_catches_silu_at_the_end(peer, params, monkeypatch):
-    z = noise(2, 1, 1, 32)
+    z = noise(1, 5, 7, 32)
     theirs = nhwc(peer.decode(nchw(z)).sample)
     assert error(decode(params, z), theirs) <= BOUND
-    monkeypatch.setattr(nn, "relu", nn.silu)
+    wrong_ops = types.SimpleNamespace(relu=nn.silu, relu_linear_attention=ops.relu_linear_attention)
+    monkeypatch.setattr(dc_ae, "ops", wrong_ops)  # at this size no attention looks ReLU up there
     wrong = jax.jit(lambda: TOY.apply({"params": params}, z, method="decode"))
     assert error(wrong(), theirs) > 5 * BOUND
 
