@@ -74,7 +74,7 @@ def dc_ae_config(smoke):
 
     module = modules(smoke)["dc_ae"]
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    return {k: v for k, v in dc_ae.to_diffusers_config(fields).items() if not k.startswith("_")}
+    return {k: v for k, v in dc_ae.to_config(fields).items() if not k.startswith("_")}
 
 
 def gemma2_config(smoke):

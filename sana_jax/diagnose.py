@@ -4,6 +4,8 @@ The fast programs only say that a result is not finite.  These functions run the
 again with probes and raise a NonFiniteError that names the stage; none of them returns normally.
 """
 
+import functools
+
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -12,8 +14,6 @@ import numpy as np
 
 from sana_jax.errors import NonFiniteError
 
-# A compiler that keeps small floats in float32 between two layers would hide what overflows there.
-STRICT = {"xla_allow_excess_precision": False}
 ADVICE = "the dtype may be too small for this checkpoint: try bfloat16 or float32"
 
 
@@ -26,7 +26,8 @@ def _check_parameters(what, params):
 def explain_text(gemma2, params, ids, mask):
     """Names the first layer of the text encoder whose output is not finite."""
     _check_parameters("text encoder", params)
-    _, probes = gemma2.apply({"params": params}, ids, mask, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(gemma2.apply, mutable=["intermediates"]))
+    _, probes = apply({"params": params}, ids, mask)
     absmax = np.asarray(probes["intermediates"]["layers"]["absmax"][0])
     for layer, value in enumerate(absmax):
         if not np.isfinite(value):
@@ -57,8 +58,7 @@ def explain_denoise(sana, params, denoise, arguments, static):
     _check_parameters("transformer", params)
     reports = []
     probed = _Probed(sana, reports.append)
-    repeat = jax.jit(lambda p, a: denoise(probed, p, *a, **static), compiler_options=STRICT)
-    latents = repeat(params, arguments)
+    latents = jax.jit(lambda p, a: denoise(probed, p, *a, **static))(params, arguments)
     jax.block_until_ready(latents)
     jax.effects_barrier()
     for step, absmax in enumerate(reports):
@@ -75,6 +75,7 @@ def explain_decode(dc_ae, params, decode, latents):
     _check_parameters("autoencoder", params)
     paths = []  # in the order of computation, inner layers before those that hold them
 
+    @jax.jit
     def finite(params, latents):
         flags = []
 
@@ -89,8 +90,7 @@ def explain_decode(dc_ae, params, decode, latents):
             decode(params, latents)
         return jnp.stack(flags)
 
-    flags = jax.jit(finite, compiler_options=STRICT)(params, latents)
-    bad = np.flatnonzero(~np.asarray(flags))
+    bad = np.flatnonzero(~np.asarray(finite(params, latents)))
     if bad.size:
         name = jnp.dtype(dc_ae.dtype).name
         raise NonFiniteError(f"autoencoder: {paths[bad[0]]} is not finite in {name}; {ADVICE}")

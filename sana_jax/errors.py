@@ -1,6 +1,8 @@
 """Errors that a user can mend: each names the field, its value, the rule and the nearest fix."""
 
 import difflib
+import math
+import numbers
 
 
 class InputError(ValueError):
@@ -27,3 +29,26 @@ def require_choice(field, value, allowed):
         listed = ", ".join(repr(a) for a in allowed)
         raise InputError(f"{field}={value!r}: must be one of {listed}{nearest(value, allowed)}")
     return value
+
+
+def _is_number(value, kind):
+    kinds = numbers.Integral if kind is int else numbers.Real
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_positive(field, value, kind=int, none=False):
+    """Raises InputError unless `value` is a positive `kind` (or None); returns it as a `kind`."""
+    if none and value is None:
+        return None
+    if not _is_number(value, kind) or value <= 0:
+        words = "a positive integer" if kind is int else "a positive number"
+        raise InputError(f"{field}={value!r}: must be {words}{' or null' if none else ''}")
+    return kind(value)
+
+
+def require_range(field, value, low, high, kind=int):
+    """Raises InputError unless `value` is a `kind` in [low, high]."""
+    if not _is_number(value, kind) or not low <= value <= high:
+        near = f"; nearest valid {min(max(value, low), high)}" if _is_number(value, float) else ""
+        words = "an int" if kind is int else "a number"
+        raise InputError(f"{field}={value!r}: must be {words} in [{low}, {high}]{near}")

@@ -1,20 +1,18 @@
-"""From published folders to modules with parameters, and back.
+"""From published folders to modules with parameters.
 
     sana, params = load_sana("folder/transformer")
-    pipeline = load_pipeline("folder");  pipeline.save("copy")
+    pipeline = load_pipeline("folder")
 
 The layout is that of diffusers: model_index.json, scheduler/, tokenizer/, text_encoder/,
 transformer/, vae/.  What it cannot say (which instruction and which stack) stands in sana_jax.json.
 """
 
 import dataclasses
-import math
-import os
 import pathlib
 import re
-import shutil
-import tempfile
+from typing import NamedTuple
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
@@ -23,10 +21,9 @@ from sana_jax import precision, text
 from sana_jax.checkpoints import dc_ae as dc_ae_names
 from sana_jax.checkpoints import gemma2 as gemma2_names
 from sana_jax.checkpoints import sana as sana_names
-from sana_jax.checkpoints.read import open_checkpoint, read_json
-from sana_jax.checkpoints.rules import to_flax, to_torch
-from sana_jax.checkpoints.write import umask, write_json, write_safetensors
-from sana_jax.errors import InputError, nearest, require_choice
+from sana_jax.checkpoints.read import Checkpoint, open_checkpoint, read_json
+from sana_jax.checkpoints.rules import check, slots, to_flax
+from sana_jax.errors import InputError, nearest, require_choice, require_positive
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
@@ -35,23 +32,6 @@ from sana_jax.stacks import STACKS, Stack
 
 EXTRAS = "sana_jax.json"  # our own file in a pipeline folder
 KINDS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "text_encoder": "gemma2"}
-COMPONENTS = {  # model_index.json of a pipeline that we write
-    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-    "text_encoder": ["transformers", "Gemma2Model"],
-    "transformer": ["diffusers", "SanaTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderDC"],
-}
-SCHEDULER = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "final_sigmas_type": "zero",
-    "lower_order_final": True,
-    "num_train_timesteps": 1000,
-}
 
 
 def parameter_shapes(module):
@@ -60,7 +40,7 @@ def parameter_shapes(module):
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
-def _rules(module):
+def published_rules(module):
     """The published table of a module's structure."""
     if isinstance(module, Sana):
         return sana_names.diffusers_rules(
@@ -73,32 +53,51 @@ def _rules(module):
     return gemma2_names.transformers_rules()
 
 
-def _build(module_class, fields, overrides, checkpoint):
-    """The module of these fields, dtypes settled, and its parameters from the checkpoint."""
+class Prepared(NamedTuple):
+    """A module and a checkpoint whose header was found to fit it; no weights are read yet."""
+
+    module: nn.Module
+    shapes: dict
+    checkpoint: Checkpoint
+
+    def read(self):
+        """(module, params).  Raises CheckpointError: weights that are truncated or not finite."""
+        leaves = to_flax(
+            published_rules(self.module),
+            self.shapes,
+            self.checkpoint.header,
+            self.checkpoint.tensors(),
+            np.dtype(self.module.param_dtype),
+            self.checkpoint.source,
+        )
+        # One leaf at a time, so that an accelerator's copy and the host's do not both grow; on a
+        # CPU the array itself is taken over.
+        params = {path: jax.device_put(leaves.pop(path)) for path in list(leaves)}
+        return self.module, flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _prepare(module_class, fields, overrides, checkpoint):
+    """The module of these fields, dtypes settled, and the checkpoint checked against it."""
     names = [f.name for f in dataclasses.fields(module_class) if f.name not in ("parent", "name")]
-    for name in overrides:
+    for name, value in overrides.items():
         if name not in names:
-            raise InputError(f"{name}={overrides[name]!r}: {module_class.__name__} has no such field{nearest(name, names)}")
+            raise InputError(f"{name}={value!r}: {module_class.__name__} has no such field{nearest(name, names)}")
     auto = [k for k in ("dtype", "param_dtype") if isinstance(overrides.get(k), str) and overrides[k] == "auto"]
     fields = fields | {k: v for k, v in overrides.items() if k not in auto}
     default = precision.stored(checkpoint.dtypes, checkpoint.source)
     fields["param_dtype"] = precision.parse(fields.get("param_dtype", fields.get("dtype", default)))
     fields["dtype"] = precision.parse(fields.get("dtype", fields["param_dtype"]))
     module = module_class(**fields)
-    leaves = to_flax(
-        _rules(module),
-        parameter_shapes(module),
-        checkpoint.header,
-        checkpoint.tensors(),
-        np.dtype(module.param_dtype),
-        checkpoint.source,
-    )
-    # One leaf at a time, so that an accelerator's copy and the host's do not both grow; on a CPU
-    # the array itself is taken over.
-    params = {}
-    for path in list(leaves):
-        params[path] = jax.device_put(leaves.pop(path))
-    return module, flax.traverse_util.unflatten_dict(params, sep="/")
+    try:
+        shapes = parameter_shapes(module)
+    except InputError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:  # heads that do not divide a width, say
+        given = "".join(f", {name}={value!r}" for name, value in overrides.items())
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{checkpoint.source}: its structure{given} builds no {module_class.__name__}: {reason}") from error
+    check(slots(published_rules(module), shapes), shapes, checkpoint.header, checkpoint.source)
+    return Prepared(module, shapes, checkpoint)
 
 
 def _component(path, subfolder):
@@ -131,13 +130,17 @@ def load_sana(path, **overrides):
     Raises:
       InputError: wrong folder, config or override.  CheckpointError: weights that do not fit.
     """
+    return _prepare_sana(path, **overrides).read()
+
+
+def _prepare_sana(path, **overrides):
     folder, config = _component(path, "transformer")
     source = str(folder / "config.json")
     fields = sana_names.config_fields(config, source) if config is not None else None
     checkpoint = open_checkpoint(folder)
     if fields is None:
         fields = sana_names.infer_fields(checkpoint.header, overrides)
-    return _build(Sana, fields, overrides, checkpoint)
+    return _prepare(Sana, fields, overrides, checkpoint)
 
 
 def load_dc_ae(path, **overrides):
@@ -146,12 +149,16 @@ def load_dc_ae(path, **overrides):
     Returns:
       (DCAE, params): `dc_ae.apply({"params": params}, images, method="encode")`, and "decode".
     """
+    return _prepare_dc_ae(path, **overrides).read()
+
+
+def _prepare_dc_ae(path, **overrides):
     folder, config = _component(path, "vae")
-    fields = dc_ae_names.diffusers_config(config) if config is not None else None
+    fields = dc_ae_names.config_fields(config) if config is not None else None
     checkpoint = open_checkpoint(folder)
     if fields is None:
         fields = dc_ae_names.infer_fields(checkpoint.header)
-    return _build(DCAE, fields, overrides, checkpoint)
+    return _prepare(DCAE, fields, overrides, checkpoint)
 
 
 def load_gemma2(path, **overrides):
@@ -160,12 +167,16 @@ def load_gemma2(path, **overrides):
     Returns:
       (Gemma2, params): `gemma2.apply({"params": params}, ids, mask) -> states`.
     """
+    return _prepare_gemma2(path, **overrides).read()
+
+
+def _prepare_gemma2(path, **overrides):
     folder, config = _component(path, "text_encoder")
     if config is None:
         raise InputError(f"{folder}: config.json is absent; Gemma-2's heads cannot be told from its weights")
     fields = gemma2_names.config_fields(config, str(folder / "config.json"))
     checkpoint = open_checkpoint(folder, stems=("model",), rename=gemma2_names.rename)
-    return _build(Gemma2, fields, overrides, gemma2_names.without_unused(checkpoint))
+    return _prepare(Gemma2, fields, overrides, gemma2_names.without_unused(checkpoint))
 
 
 def find_model(model, revision=None):
@@ -196,9 +207,7 @@ def read_flow_shift(folder):
     if config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise InputError(f"{path}: prediction_type={config['prediction_type']!r}, must be 'flow_prediction'")
     shift = config.get("flow_shift", config.get("shift"))
-    if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
-        raise InputError(f"{path}: flow_shift={shift!r}, must be a positive number")
-    return shift
+    return require_positive(f"{path}: flow_shift", shift, float, none=True)
 
 
 def _read_extras(path):
@@ -246,82 +255,21 @@ def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
     main_dtype = {} if main is None else {"dtype": main}
 
     def other(component):  # text encoder and autoencoder
-        if not auto:
-            return {"dtype": precision.without_float16(dtype)}
-        stems = ("diffusion_pytorch_model", "model")
-        source = folder / component
-        return {"dtype": precision.without_float16(precision.stored(open_checkpoint(source, stems).dtypes, source))}
+        chosen = dtype
+        if auto:
+            found = open_checkpoint(folder / component)
+            chosen = precision.stored(found.dtypes, found.source)
+        return {"dtype": precision.without_float16(chosen)}
 
     flow_shift = read_flow_shift(folder / "scheduler")
     tokenizer = text.load_tokenizer(folder / "tokenizer")
-    sana = load_sana(folder / "transformer", **main_dtype)
-    dc_ae = load_dc_ae(folder / "vae", **other("vae"))
-    gemma2 = load_gemma2(folder / "text_encoder", **other("text_encoder"))
+    prepared = [  # all of them before the first weight is read
+        _prepare_sana(folder / "transformer", **main_dtype),
+        _prepare_dc_ae(folder / "vae", **other("vae")),
+        _prepare_gemma2(folder / "text_encoder", **other("text_encoder")),
+    ]
+    sana, dc_ae, gemma2 = (part.read() for part in prepared)
     encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
     if stack == "auto":
         stack = extras.get("stack", "diffusers")
     return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift)
-
-
-def _config(module):
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    if isinstance(module, Sana):
-        return sana_names.to_config(fields)
-    if isinstance(module, DCAE):
-        return dc_ae_names.to_diffusers_config(fields)
-    return gemma2_names.to_config({k: v for k, v in fields.items() if k not in ("parent", "name", "dtype", "param_dtype")})
-
-
-def save_component(folder, stem, module, params):
-    """Writes config.json and `stem`.safetensors as diffusers and transformers read them."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    leaves = {
-        path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()
-    }
-    write_json(folder / "config.json", _config(module))
-    write_safetensors(folder, stem, to_torch(_rules(module), leaves))
-
-
-def save_pipeline(pipeline, folder):
-    """Writes the folder that `load_pipeline` and diffusers' SanaPipeline read.
-
-    Everything is written to a neighbour that takes the name at the end: `folder` is whole or absent.
-    Raises InputError: the folder exists and is not empty, or cannot be written, or there is no text
-    encoder to write.
-    """
-    folder = pathlib.Path(folder).absolute()
-    if pipeline.text is None:
-        raise InputError("text=None: a pipeline folder needs a text encoder and a tokenizer")
-    if pipeline.stack not in STACKS.values():
-        raise InputError(f"stack={pipeline.stack.name!r} with changed fields: a folder can only name one of {', '.join(STACKS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not an empty folder; nothing was written")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
-        encoder = pipeline.text
-        save_component(partial / "transformer", "diffusion_pytorch_model", *pipeline.sana)
-        save_component(partial / "vae", "diffusion_pytorch_model", *pipeline.dc_ae)
-        save_component(partial / "text_encoder", "model", encoder.gemma2, encoder.params)
-        encoder.tokenizer.save_pretrained(partial / "tokenizer")
-        (partial / "scheduler").mkdir()
-        write_json(
-            partial / "scheduler" / "scheduler_config.json", SCHEDULER | {"flow_shift": pipeline.flow_shift}
-        )
-        index = COMPONENTS | {"tokenizer": ["transformers", type(encoder.tokenizer).__name__]}
-        write_json(partial / "model_index.json", {"_class_name": "SanaPipeline"} | index)
-        extras = {"stack": pipeline.stack.name, "complex_human_instruction": encoder.instruction}
-        write_json(partial / EXTRAS, {k: v for k, v in extras.items() if v is not None})
-        partial.chmod(0o777 & ~umask())
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):  # a full disk, say
-            raise InputError(f"{folder}: cannot be written ({error}); nothing was written") from error
-        raise

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sana_jax import diagnose, programs, text
-from sana_jax.errors import InputError, require_choice
+from sana_jax.errors import InputError, require_choice, require_range
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.programs import SAMPLERS
 from sana_jax.resolution import PATCH, check_size, painted_size
@@ -35,14 +35,6 @@ class TextEncoder:
     instruction: str | None = None
 
 
-def _number(field, value, low, high, kind=int):
-    """Raises InputError unless `value` is an `kind` in [low, high]."""
-    kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        near = f"; nearest valid {min(max(value, low), high)}" if isinstance(value, kinds) and value == value else ""
-        raise InputError(f"{field}={value!r}: must be {'an int' if kind is int else 'a number'} in [{low}, {high}]{near}")
-
-
 def _strings(field, value):
     """str or list of str -> list of str; raises InputError naming the entry."""
     values = [value] if isinstance(value, str) else value
@@ -57,23 +49,26 @@ def _strings(field, value):
 def check_request(
     *, steps=20, guidance_scale=4.5, num_images=1, seed=0, sampler="flow-dpm-solver", flow_shift=None,
     max_sequence_length=300, output="uint8", guidance_interval=EVERYWHERE, height=None, width=None,
-    first_image=0,
+    first_image=0, bin_resolution=True,
 ):  # fmt: skip
     """Raises InputError for any argument of `generate` that is wrong whatever the model is."""
-    _number("steps", steps, 1, 1000)
-    _number("guidance_scale", guidance_scale, 0, 100, float)
-    _number("num_images", num_images, 1, 4096)
-    _number("seed", seed, 0, 2**32 - 1)
-    _number("first_image", first_image, 0, 2**31)
+    require_range("steps", steps, 1, 1000)
+    require_range("guidance_scale", guidance_scale, 0, 100, float)
+    require_range("num_images", num_images, 1, 4096)
+    require_range("seed", seed, 0, 2**32 - 1)
+    require_range("first_image", first_image, 0, 2**31)
     require_choice("sampler", sampler, tuple(SAMPLERS))
     if flow_shift is not None:
-        _number("flow_shift", flow_shift, 0.01, 100, float)
-    _number("max_sequence_length", max_sequence_length, 2, 4096)
+        require_range("flow_shift", flow_shift, 0.01, 100, float)
+    require_range("max_sequence_length", max_sequence_length, 2, 4096)
     require_choice("output", output, OUTPUTS)
+    require_choice("bin_resolution", bin_resolution, (True, False))
     check_size(*(PATCH if side is None else side for side in (height, width)))
+    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+        raise InputError(f"guidance_interval={guidance_interval!r}: must be two numbers, (low, high)")
     low, high = guidance_interval
-    _number("guidance_interval[0]", low, 0, 1, float)
-    _number("guidance_interval[1]", high, low, 1, float)
+    require_range("guidance_interval[0]", low, 0, 1, float)
+    require_range("guidance_interval[1]", high, low, 1, float)
 
 
 class Pipeline:
@@ -109,8 +104,8 @@ class Pipeline:
         self.flow_shift = float(default if flow_shift is None else flow_shift)
 
     def save(self, folder):
-        """Writes the folder that `load_pipeline` and diffusers read; see `loading.save_pipeline`."""
-        from sana_jax.loading import save_pipeline
+        """Writes the folder that `load_pipeline` and diffusers read; see `saving.save_pipeline`."""
+        from sana_jax.saving import save_pipeline
 
         save_pipeline(self, folder)
 
@@ -176,8 +171,7 @@ class Pipeline:
         module, params = self.sana
         if latents is None:
             raise InputError("latents=None: denoise needs the noise, [b h w c]")
-        latents = jnp.asarray(latents, jnp.float32)
-        self._check_latents(latents, (states.shape[0], *latents.shape[1:3]))
+        latents = self._latents(latents, states.shape[0])
         if negative_mask is None:
             negative_mask = mask
         guided = guidance_scale > 1 and negative_states is not None
@@ -195,12 +189,18 @@ class Pipeline:
         traced = schedule, np.float32(scale), tuple(np.float32(e) for e in interval)
         return traced, {"sampler": sampler, "guided": guided, "limited": limited}
 
-    def _check_latents(self, latents, leading):
-        shape = (*leading, self.sana[0].latent_channels)
+    def _latents(self, latents, count, grid=None):
+        """The given noise as float32 [count, *grid, c]; any grid if None.  Raises InputError."""
+        try:
+            latents = jnp.asarray(latents, jnp.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"latents: must be an array of numbers, is a {type(latents).__name__}") from error
+        shape = (count, *(grid or latents.shape[1:3]), self.sana[0].latent_channels)
         if latents.shape != shape:
             raise InputError(f"latents: shape {latents.shape}, must be {shape} = [images, height / 32, width / 32, channels]")
         if not bool(jnp.isfinite(latents).all()):
             raise InputError("latents: must be finite, hold NaN or infinity")
+        return latents
 
     def decode(self, latents):
         """Model-space latents [b h w c] -> images [b H W 3] in about [-1, 1], not clipped."""
@@ -254,13 +254,12 @@ class Pipeline:
         check_request(
             steps=steps, guidance_scale=guidance_scale, num_images=num_images, seed=seed, sampler=sampler,
             flow_shift=flow_shift, max_sequence_length=max_sequence_length, output=output,
-            guidance_interval=guidance_interval, height=height, width=width, first_image=first_image,
+            guidance_interval=guidance_interval, height=height, width=width, first_image=first_image, bin_resolution=bin_resolution,
         )  # fmt: skip
         painted = painted_size(height, width, module.sample_size, bin_resolution)
         grid, count = tuple(side // PATCH for side in painted), len(prompts) * num_images
         if latents is not None:
-            latents = jnp.asarray(latents, jnp.float32)
-            self._check_latents(latents, (count, *grid))
+            latents = self._latents(latents, count, grid)
         guided = guidance_scale > 1
         conditions = self._conditions(
             prompts, negatives if guided else None, self.instruction(chi).text, max_sequence_length, num_images

@@ -79,7 +79,8 @@ def find_instruction(chi, stack, checkpoint_text=None):
       chi: "auto", "none", or the joined text itself.  "auto" takes the first there is of the
         checkpoint's own text, that of an installed diffusers, and OWN_WORDS; `source` says which.
       stack: whose quotation marks, where the text is not the checkpoint's or the caller's.
-      checkpoint_text: the text that came with the weights, joined or as a list of lines.
+      checkpoint_text: the text that came with the weights, joined or as a list of lines; "" or []
+        if they want none, None if they do not say.
     Raises:
       InputError: `chi` is neither a text nor quite "auto" or "none".
     """
@@ -91,7 +92,7 @@ def find_instruction(chi, stack, checkpoint_text=None):
         if close := nearest(chi.strip().lower(), ("auto", "none")):
             raise InputError(f"chi={chi!r}: must be 'auto', 'none' or a whole text{close}")
         return Instruction(chi, "given text")
-    if checkpoint_text:
+    if checkpoint_text is not None:  # "" too: a checkpoint that was trained without one
         joined = checkpoint_text if isinstance(checkpoint_text, str) else "\n".join(checkpoint_text)
         return Instruction(joined, "checkpoint")
     return _installed(stack)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.no_skip import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent float32 in a bfloat16 model
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

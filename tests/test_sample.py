@@ -50,7 +50,8 @@ def run(*arguments):
     """(status, stdout, stderr) of sample.py in this process."""
     out, err = io.StringIO(), io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        warnings.resetwarnings()  # as in a plain process
+        warnings.resetwarnings()  # as in a plain process, but each time
+        warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             status = sample.main([str(a) for a in arguments])
@@ -126,20 +127,24 @@ def test_every_picture_holds_its_recipe(happy, model):
     }  # fmt: skip
 
 
+def programs(cache):
+    return {path.name for path in cache.glob("jit_*_program-*-cache")}
+
+
 @pytest.mark.parity
 def test_a_process_of_its_own_compiles_nothing_anew(happy):
     """The same command again: the same picture, the next number, from the programs kept before."""
     cache = happy.base / "cache"
     assert cache.stat().st_mode & 0o777 == 0o700
-    kept = {p.name for p in cache.iterdir() if not p.name.endswith("-atime")}
-    assert len(kept) >= 2, "text and picture"
+    kept = programs(cache)
+    assert {name.rsplit("-", 2)[0] for name in kept} == {"jit_text_program", "jit_paint_program"}
     done = subprocess.run(
         [sys.executable, ROOT / "sample.py", *map(str, happy.arguments)],
         env=os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},  # as conftest has it
         cwd=happy.base, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert {p.name for p in cache.iterdir() if not p.name.endswith("-atime")} == kept
+    assert programs(cache) == kept
     path = happy.folder / "00002_7.png"
     assert done.stdout.splitlines()[-1] == str(path)
     np.testing.assert_array_equal(Image.open(path), Image.open(happy.folder / "00000_7.png"))
@@ -155,62 +160,6 @@ def refused(monkeypatch, tmp_path, *arguments, lines=1):
     assert lines is None or err.count("\n") == lines, err
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
     return err.removeprefix("sample.py: error: ").rstrip("\n")
-
-
-def never(*_, **__):
-    raise AssertionError("a model was loaded for a request that is wrong by itself")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("", "prompt: give it once, as the only word without a flag or with --prompt"),
-        ("cat --prompt dog --model .", "prompt: give it once"),
-        ("cat", "model: none given and none is bundled yet; pass --model with a folder in diffusers layout"),
-        ("cat --model", "argument --model: expected one argument"),
-        ("cat dog --model .", "unrecognized arguments: dog"),
-        ("cat --model . --step 3", "unrecognized arguments: --step 3; did you mean --steps?"),
-        ("cat --model . --sed=3", "unrecognized arguments: --sed=3; did you mean --seed?"),
-        ("cat --model . --steps few", "argument --steps: invalid int value: 'few'"),
-        ("cat --model . --steps 0", "steps=0: must be an int in [1, 1000]; nearest valid 1"),
-        ("cat --model . --guidance-scale -1", "guidance_scale=-1.0: must be a number in [0, 100]; nearest valid 0"),
-        ("cat --model . --guidance-scale nan", "guidance_scale=nan: must be a number in [0, 100]"),
-        ("cat --model . --seed -1", "seed=-1: must be an int in [0, 4294967295]; nearest valid 0"),
-        ("cat --model . --num-images 0", "num_images=0: must be an int in [1, 4096]; nearest valid 1"),
-        ("cat --model . --height 0", "height=0: must be in [1, 8192]; nearest valid 32"),
-        ("cat --model . --height -64", "height=-64: must be in [1, 8192]; nearest valid 32"),
-        ("cat --model . --width 100000", "width=100000: must be in [1, 8192]; nearest valid 8192"),
-        ("cat --model . --width 64.5", "argument --width: invalid int value: '64.5'"),
-        ("cat --model . --max-sequence-length 1", "max_sequence_length=1: must be an int in [2, 4096]; nearest"),
-        ("cat --model . --sampler flow-eular", "sampler='flow-eular': must be one of 'flow-dpm-solver', 'flow-eu"),
-        ("cat --model . --dtype bf61", "dtype='bf61': must be one of auto, float32, fp32, bfloat16, bf16, fl"),
-        ("cat --model . --stack nvlab", "stack='nvlab': must be one of 'auto', 'diffusers', 'nvlabs'; did you me"),
-        ("cat --model . --chi absent.txt", "absent.txt: cannot be read (No such file or directory)"),
-        ("cat --model . --chi latin.txt", "latin.txt: must be UTF-8"),
-        ("cat --model . --output cat.jpg", "output='cat.jpg': must end in .png, or be a folder"),
-        ("cat --model . --output latin.txt/cat.png", "output='latin.txt/cat.png': cannot be written (Not a dir"),
-        ("cat --model . --output latin.txt/folder", "output='latin.txt/folder': cannot be written (Not a dir"),
-    ],
-)  # fmt: skip
-def test_wrong_by_itself(monkeypatch, tmp_path, arguments, message):
-    (tmp_path / "latin.txt").write_bytes("Häuschen".encode("latin-1"))
-    monkeypatch.setattr(sana_jax, "load_pipeline", never)
-    assert refused(monkeypatch, tmp_path, *arguments.split()).startswith(message)
-
-
-def test_odd_arguments_end_in_one_line_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(sana_jax, "load_pipeline", never)
-    assert refused(monkeypatch, tmp_path, "cat", "").startswith("unrecognized arguments:")
-    assert "did you mean" not in refused(monkeypatch, tmp_path, "cat", "two\nlines")
-
-
-def test_models_that_are_none(monkeypatch, tmp_path):
-    def message(model):
-        return refused(monkeypatch, tmp_path, "cat", "--model", model, "--output", "new/cat.png", "--compile-cache", "none")
-
-    assert "has no model_index.json, is not a pipeline in diffusers layout" in message(tmp_path)
-    assert "must be a folder in diffusers layout, or a Hugging Face id (owner/name)" in message("no/such/folder")
-    assert "model='nobody/nothing': not a local folder, and the download failed: " in message("nobody/nothing")
 
 
 @pytest.mark.parity
@@ -258,3 +207,63 @@ def test_overflow_names_its_place_and_paints_nothing(monkeypatch, tmp_path, mode
     status, _, err = run("cat", *arguments)
     assert status == 2 and re.fullmatch(f"sample.py: error: {message}\n", err), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.fixture
+def painter(monkeypatch, tmp_path):
+    """Calls of `generate`, which gives a grey picture; what is in `raises` comes after the first."""
+    painter = types.SimpleNamespace(calls=[], raises=None)
+
+    def generate(self, prompts, **arguments):
+        painter.calls.append((prompts, arguments))
+        warnings.warn("prompts[0] is too long", stacklevel=1)
+        if painter.raises and len(painter.calls) > 1:
+            raise painter.raises
+        return np.full((1, 64, 96, 3), 128, np.uint8)
+
+    monkeypatch.setattr(sana_jax.Pipeline, "generate", generate)
+    monkeypatch.chdir(tmp_path)
+    return painter
+
+
+@pytest.mark.parity
+def test_flags_reach_the_pipeline(painter, model):
+    pathlib.Path("chi.txt").write_bytes("Say é: \n".encode())
+    flags = (
+        "--negative-prompt dog --steps 3 --guidance-scale 1.5 --seed 9 --height 64 --width 96 --num-images 2 "
+        "--sampler flow-euler --dtype bf16 --stack nvlabs --chi chi.txt --max-sequence-length 77 --output new/a.png"
+    )
+    status, out, err = run("cat", "--model", model, "--compile-cache", "none", *flags.split())
+    assert (status, err) == (0, "sample.py: warning: prompts[0] is too long\n" * 2)
+    assert out.splitlines()[0] == "device: cpu (cpu), bfloat16, stack nvlabs"
+    assert out.splitlines()[2] == "instruction: file chi.txt"
+    given = dict(steps=3, guidance_scale=1.5, seed=9, height=64, width=96, sampler="flow-euler", max_sequence_length=77)
+    given |= dict(negative_prompts="dog", chi="Say é: \n")
+    assert painter.calls == [("cat", given | {"first_image": i}) for i in (0, 1)]
+    record = images.read_record("new/a-1.png")
+    assert (record["chi_source"], record["dtype"]) == ("file chi.txt", "bfloat16")
+    assert record["chi_sha256"] == hashlib.sha256(pathlib.Path("chi.txt").read_bytes()).hexdigest()
+    assert run("cat", "--model", model, "--chi", "none", "--output", "b.png", "--compile-cache", "none")[0] == 0
+    assert images.read_record("b.png")["chi_sha256"] == hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("error", [NonFiniteError("blocks/3"), InputError("output: disk full")])
+def test_pictures_before_an_error_are_whole(painter, model, error):
+    painter.raises = error
+    status, _, err = run("cat", "--model", model, "--num-images", 3, "--output", "out", "--compile-cache", "none")
+    assert status == 2 and err.splitlines()[-1] == f"sample.py: error: {error}"
+    assert [p.name for p in pathlib.Path("out").iterdir()] == ["00000_0.png"]
+
+
+def test_a_cache_that_others_can_write_is_not_used(tmp_path, capsys):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "file").touch()
+    for name, reason in {"open": "others may write to it", "file": "File exists"}.items():
+        sample.keep_compiled_programs(tmp_path / name)
+        warning = f"sample.py: warning: no compile cache in {tmp_path / name}: {reason}\n"
+        assert capsys.readouterr().err == warning
+    sample.keep_compiled_programs("none")
+    assert jax.config.jax_compilation_cache_dir == before

@@ -15,7 +15,7 @@ from sana_jax.checkpoints.rules import (
     dense,
     third,
 )
-from sana_jax.errors import CheckpointError, InputError, require_choice
+from sana_jax.errors import CheckpointError, InputError, require_choice, require_positive
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
 
@@ -128,12 +128,6 @@ def diffusers_rules(encoder_depths, decoder_depths, encoder_attention, decoder_a
 # --- config.json.
 
 
-def _positive(field, value, kind=int):
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
-        raise InputError(f"{field}={value!r}: must be a positive {kind.__name__}")
-    return kind(value)
-
-
 def _list(field, value, count=None):
     if not isinstance(value, (list, tuple)) or count not in (None, len(value)):
         entries = "" if count is None else f" of {count} entries, one for each stage"
@@ -142,7 +136,7 @@ def _list(field, value, count=None):
 
 
 def _positives(field, value, count=None):
-    return tuple(_positive(field, v) for v in _list(field, value, count))
+    return tuple(require_positive(field, v) for v in _list(field, value, count))
 
 
 def _side(side, config, stages):
@@ -162,7 +156,7 @@ def _side(side, config, stages):
     }
 
 
-def diffusers_config(config: dict) -> dict:
+def config_fields(config: dict) -> dict:
     """config.json of diffusers' `AutoencoderDC` -> fields.  Unknown keys are ignored.
 
     Raises InputError: a value of the wrong type, or a structure that DCAE does not build.
@@ -179,17 +173,17 @@ def diffusers_config(config: dict) -> dict:
     if tuple(_list(field := "decoder_block_out_channels", config[field])) != widths:
         raise InputError(f"{field}={config[field]!r}: must be the encoder's, {list(widths)}")
     return {
-        "latent_channels": _positive("latent_channels", config["latent_channels"]),
-        "in_channels": _positive("in_channels", config["in_channels"]),
+        "latent_channels": require_positive("latent_channels", config["latent_channels"]),
+        "in_channels": require_positive("in_channels", config["in_channels"]),
         "widths": widths,
         **_side("encoder", config, len(widths)),
         **_side("decoder", config, len(widths)),
-        "head_dim": _positive("attention_head_dim", config["attention_head_dim"]),
-        "scaling_factor": _positive("scaling_factor", config["scaling_factor"], float),
+        "head_dim": require_positive("attention_head_dim", config["attention_head_dim"]),
+        "scaling_factor": require_positive("scaling_factor", config["scaling_factor"], float),
     }
 
 
-def to_diffusers_config(fields: dict) -> dict:
+def to_config(fields: dict) -> dict:
     """Fields -> what `AutoencoderDC.from_config` needs to build the same model."""
     config = {
         "_class_name": "AutoencoderDC",

@@ -3,7 +3,7 @@
 import dataclasses
 
 from sana_jax.checkpoints.rules import LINEAR, Rule
-from sana_jax.errors import InputError, nearest, require_choice
+from sana_jax.errors import InputError, nearest, require_choice, require_positive
 
 LAYER = "layers.{i}"
 UNUSED = ("lm_head.weight",)  # the output head, tied to the embedding; hidden states do not need it
@@ -92,7 +92,7 @@ def config_fields(config, source="text_encoder/config.json"):
     fields = {}
     for key, (field, kind, default) in KEYS.items():
         value = config.get(key, default)
-        fields[field] = _number(f"{source}: {key}", value, kind, none=key in OPTIONAL)
+        fields[field] = require_positive(f"{source}: {key}", value, kind, none=key in OPTIONAL)
     heads, kv_heads, depth = fields["heads"], fields["kv_heads"], fields["depth"]
     if heads % kv_heads:
         raise InputError(
@@ -113,18 +113,8 @@ def config_fields(config, source="text_encoder/config.json"):
     kind = rope.get("rope_type", rope.get("type", "default"))
     require_choice(f"{source}: rope_parameters.rope_type", kind, ("default",))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    fields["rope_theta"] = _number(f"{source}: rope_theta", theta, float)
+    fields["rope_theta"] = require_positive(f"{source}: rope_theta", theta, float)
     return fields
-
-
-def _number(what, value, kind, none=False):
-    if none and value is None:
-        return None
-    allowed = int if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < float("inf"):
-        words = "a positive integer" if kind is int else "a positive number"
-        raise InputError(f"{what}={value!r}: must be {words}{' or null' if none else ''}")
-    return kind(value)
 
 
 def to_config(fields):

@@ -2,7 +2,7 @@
 
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints.rules import DEPTHWISE, LINEAR, POINTWISE, Rule, dense
-from sana_jax.errors import CheckpointError, InputError
+from sana_jax.errors import CheckpointError, InputError, require_choice, require_positive
 
 BLOCK = "transformer_blocks.{i}"
 CROSS_HEADS = {1152: 16, 2240: 20}  # published widths; names and shapes do not tell these
@@ -77,33 +77,37 @@ def config_fields(config, source="transformer/config.json"):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise InputError(f"{source}: {key}={config[key]!r}, must be {value!r}")
-    heads, dim = config.get("num_attention_heads", 70), config.get("attention_head_dim", 32)
+
+    def number(key, default, kind=int, none=False):
+        return require_positive(f"{source}: {key}", config.get(key, default), kind, none)
+
+    heads, dim = number("num_attention_heads", 70), number("attention_head_dim", 32)
     width = heads * dim
-    cross_heads = config.get("num_cross_attention_heads", 20)
-    cross_dim = config.get("cross_attention_head_dim", 112)
+    cross_heads = number("num_cross_attention_heads", 20)
+    cross_dim = number("cross_attention_head_dim", 112)
     if cross_heads * cross_dim != width:
         raise InputError(
             f"{source}: num_cross_attention_heads={cross_heads} * cross_attention_head_dim={cross_dim} "
             f"must be {width} = num_attention_heads * attention_head_dim"
         )
-    channels = config.get("in_channels", 32)
+    channels = number("in_channels", 32)
     if config.get("out_channels", channels) not in (channels, None):
         raise InputError(f"{source}: out_channels={config['out_channels']!r}, must be in_channels={channels}")
     norm = config.get("qk_norm")
-    if norm not in (None, "rms_norm_across_heads"):
-        raise InputError(f"{source}: qk_norm={norm!r}, must be null or 'rms_norm_across_heads'")
+    require_choice(f"{source}: qk_norm", norm, (None, "rms_norm_across_heads"))
+    guidance = require_choice(f"{source}: guidance_embeds", config.get("guidance_embeds", False), (False, True, None))
     return {
         "width": width,
-        "depth": config.get("num_layers", 20),
+        "depth": number("num_layers", 20),
         "heads": heads,
         "cross_heads": cross_heads,
-        "ffn_ratio": config.get("mlp_ratio", 2.5),
+        "ffn_ratio": number("mlp_ratio", 2.5, float),
         "latent_channels": channels,
-        "caption_width": config.get("caption_channels", 2304),
-        "sample_size": config.get("sample_size", 32),
-        "position_scale": config.get("interpolation_scale"),
+        "caption_width": number("caption_channels", 2304),
+        "sample_size": number("sample_size", 32),
+        "position_scale": number("interpolation_scale", None, float, none=True),
         "qk_norm": norm is not None,
-        "guidance_embed": bool(config.get("guidance_embeds", False)),
+        "guidance_embed": bool(guidance),
     }
 
 

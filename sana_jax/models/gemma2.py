@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sana_jax import ops
+
 HIDDEN_LOGIT = -1e30  # finite: a query that sees nothing averages everything, as the peers' does
 
 
@@ -62,7 +64,7 @@ def attention(q, k, v, visible, scale, cap):
     """
     b, m, heads, c = q.shape
     q = q.reshape(b, m, k.shape[2], -1, c)
-    logits = jnp.einsum("bmgrc,bngc->bgrmn", q, k, preferred_element_type=jnp.float32)
+    logits = ops.einsum32("bmgrc,bngc->bgrmn", q, k)
     logits = soft_cap(logits * scale, cap)
     logits = jnp.where(visible[:, None, None], logits, HIDDEN_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

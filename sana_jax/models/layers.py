@@ -27,6 +27,19 @@ def rms_norm(x, scale, eps, axes=(-1,)):
     return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+class Dense(nn.Dense):
+    """nn.Dense that rounds once where there is a bias, see `ops.dense`.  Same parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.use_bias:
+            return super().__call__(x)
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
 class RMSNorm(nn.Module):
     """RMS normalisation over the last axis, with weight and optionally bias (`trms2d` of DC-AE)."""
 
@@ -87,7 +100,7 @@ class GLUMBConv(nn.Module):
         width = x.shape[-1]
         expand, project = (
             functools.partial(
-                nn.Dense,
+                Dense,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=torch_conv_init(fan_in),

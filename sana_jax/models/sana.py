@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from sana_jax import ops
-from sana_jax.models.layers import GLUMBConv, RMSNorm, layer_norm, rms_norm
+from sana_jax.models.layers import Dense, GLUMBConv, RMSNorm, layer_norm, rms_norm
 
 FLOAT16_MAX = 65504.0
 HIDDEN_TOKEN = -10000.0  # additive logit of a masked token; finite on purpose, see ops.cross_attention
@@ -44,15 +44,18 @@ class Text:
 
 
 def modulate(x, shift, scale):
-    """adaLN: LayerNorm(x) (1 + scale) + shift, in float32 until the one rounding to x's dtype."""
-    shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
+    """adaLN: LayerNorm(x) (1 + scale) + shift, float32 until the one rounding to x's dtype."""
     return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
 
 
 def add_gated(x, gate, y):
-    """x + gate * y with one rounding."""
-    out = x.astype(jnp.float32) + gate.astype(jnp.float32) * y.astype(jnp.float32)
-    return out.astype(x.dtype)
+    """x + gate * y with one rounding; the gate is float32."""
+    return add32(x, gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def add32(a, b):
+    """a + b in float32."""
+    return a.astype(jnp.float32) + b.astype(jnp.float32)
 
 
 def sinusoid(t, size=256, base=10_000.0):
@@ -98,7 +101,7 @@ class TimeEmbed(nn.Module):
     @nn.compact
     def __call__(self, t, guidance):
         dense = functools.partial(
-            nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
+            Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
         )
 
         def embed(x, name, last_init=small):
@@ -124,7 +127,7 @@ class CaptionEmbed(nn.Module):
     @nn.compact
     def __call__(self, states):
         dense = functools.partial(
-            nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
+            Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
         )
         x = nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True)
         x = dense(self.width, name="mlp_2")(x)
@@ -145,7 +148,7 @@ class KeyValue(nn.Module):
     @nn.compact
     def __call__(self, text):
         b, m, d = text.shape
-        kv = nn.Dense(
+        kv = Dense(
             2 * d, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="kv"
         )(text)
         kv = kv.reshape(b, m, self.heads, -1)
@@ -183,7 +186,7 @@ class LinearAttention(nn.Module):
     def __call__(self, x):
         b, h, w, d = x.shape
         dense = functools.partial(
-            nn.Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
+            Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
         )
         qkv = dense(3 * d, use_bias=False, name="qkv")(x).reshape(b, h * w, self.heads, -1)
         if self.qk_norm:
@@ -211,7 +214,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x, kv, bias):
         b, h, w, d = x.shape
         dense = functools.partial(
-            nn.Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
+            Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
         )
         q = dense(d, name="query")(x).reshape(b, h * w, self.heads, -1)
         if self.qk_norm:
@@ -237,7 +240,7 @@ class SanaBlock(nn.Module):
     def __call__(self, x, kv, rows, bias):
         d, types = x.shape[-1], (self.dtype, self.param_dtype)
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (6, d), self.param_dtype)
-        rows = (table + rows)[:, :, None, None]  # [b 6 1 1 d]
+        rows = add32(table, rows)[:, :, None, None]  # [b 6 1 1 d]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(rows, 1, 0)
 
         attention = LinearAttention(
@@ -266,9 +269,9 @@ class Head(nn.Module):
     def __call__(self, x, embedding):
         d = x.shape[-1]
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (2, d), self.param_dtype)
-        rows = (table + embedding[:, None])[:, :, None, None]
+        rows = add32(table, embedding[:, None])[:, :, None, None]
         x = modulate(x, rows[:, 0], rows[:, 1])
-        return nn.Dense(
+        return Dense(
             self.channels, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="out"
         )(x)
 
@@ -309,7 +312,7 @@ class Sana(nn.Module):
 
     def setup(self):
         types = (self.dtype, self.param_dtype)
-        self.patch_embed = nn.Dense(
+        self.patch_embed = Dense(
             self.width, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
         )
         self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
@@ -362,7 +365,7 @@ class Sana(nn.Module):
     def embed_text(self, states, mask):
         """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time."""
         caption = self.caption_embed(states.astype(self.dtype))
-        bias = jnp.where(mask, 0.0, HIDDEN_TOKEN).astype(self.dtype)
+        bias = jnp.where(mask, 0.0, HIDDEN_TOKEN)
         return Text(self.key_value(caption), bias)
 
     def embed_time(self, t, guidance=None):

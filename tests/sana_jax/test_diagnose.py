@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return x * self.factor * self.param("one", nn.initializers.ones, ())
+        return x * self.factor * self.param("one", nn.initializers.ones, (), x.dtype)
 
 
 class Decoder(nn.Module):
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
 )
 def test_decode(factors, message):
     """The layer that made it: neither the module that holds it, nor those that hand it on."""
-    module, params = Decoder(factors), {f"layer_{i}": {"one": jnp.ones(())} for i in range(len(factors))}
+    module, params = Decoder(factors), {f"layer_{i}": {"one": jnp.ones((), jnp.float16)} for i in range(len(factors))}
 
     def decode(params, x):
         return module.apply({"params": params}, x.astype(jnp.float16)) - jnp.inf
@@ -99,9 +99,9 @@ def test_decode(factors, message):
 )
 def test_text(absmax, message):
     probes = {"intermediates": {"layers": {"absmax": (jnp.float32(absmax),)}}}
-    encoder = types.SimpleNamespace(apply=lambda *_, mutable: (None, probes), dtype=jnp.bfloat16)
+    encoder = types.SimpleNamespace(apply=lambda *_, mutable: (jnp.zeros(()), probes), dtype=jnp.bfloat16)
     with pytest.raises(NonFiniteError) as caught:
-        diagnose.explain_text(encoder, {}, None, None)
+        diagnose.explain_text(encoder, {}, jnp.zeros(3), jnp.zeros(3))
     assert str(caught.value).startswith(message)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import loading
+from sana_jax import loading, saving
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
 from sana_jax.errors import CheckpointError, InputError
@@ -86,6 +86,10 @@ def test_overrides(toy_folder):
             load_sana(folder, **arguments)
     with pytest.raises(CheckpointError, match=r"(?s)missing \(.*wrong shape \("):
         load_sana(folder, depth=4, caption_width=32)
+    for arguments in ({"cross_heads": 3}, {"heads": 5}, {"depth": "a"}, {"ffn_ratio": 0}):
+        with pytest.raises(InputError, match="transformer: its structure, .*=.* builds no Sana: ") as caught:
+            load_sana(folder, **arguments)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name, stem", [("transformer", "sana"), ("vae", "diffusion_pytorch_model")])
@@ -168,8 +172,9 @@ def test_variants_and_shards_as_the_peers_write_them(toy_folder, tmp_path, bits)
         (lambda f: shutil.rmtree(f / "vae"), {}, "vae: no such file or folder|vae: no weights"),
         (lambda f: shutil.rmtree(f / "tokenizer"), {}, "tokenizer: no such folder"),
         (lambda f: edit(f / "transformer" / "config.json", guidance_embeds=True), {}, "does not fit the model"),
-        (lambda f: edit(f / "scheduler" / "scheduler_config.json", flow_shift=0), {}, "flow_shift=0, must be a pos"),
-        (lambda f: edit(f / "scheduler" / "scheduler_config.json", flow_shift="3"), {}, "flow_shift='3', must be"),
+        (lambda f: edit(f / "transformer" / "config.json", num_layers="3"), {}, "num_layers='3': must be a positive integer"),
+        (lambda f: edit(f / "scheduler" / "scheduler_config.json", flow_shift=0), {}, "flow_shift=0: must be a pos"),
+        (lambda f: edit(f / "scheduler" / "scheduler_config.json", flow_shift="3"), {}, "flow_shift='3': must be"),
         (
             lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="epsilon"), {},
             "prediction_type='epsilon', must be 'flow_prediction'",
@@ -230,7 +235,7 @@ def test_a_given_dtype_is_everybodys_but_float16(toy_folder, tmp_path, dtype, ex
 
 def test_auto_takes_the_stored_dtype(copy):
     for name, stem in {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}.items():
-        loading.save_component(copy / name, stem, *LOADERS[name](copy / name, dtype="fp16"))
+        saving.save_component(copy / name, stem, *LOADERS[name](copy / name, dtype="fp16"))
         assert open_checkpoint(copy / name, (stem,)).dtypes == {"F16"}
     assert dtypes(load_pipeline(copy)) == ["float16", "bfloat16", "bfloat16"]
 

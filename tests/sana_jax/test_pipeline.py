@@ -379,3 +379,14 @@ def test_parts_must_belong_together(ours):
         sana_jax.Pipeline(ours.sana, ours.dc_ae).generate("a cat")
     with pytest.raises(sana_jax.InputError, match="stack='nvlab'.*did you mean 'nvlabs'"):
         sana_jax.Pipeline(ours.sana, ours.dc_ae, stack="nvlab")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_paints_nearly_the_same(toy_folder, ours, dtype):
+    """Also that a CPU can run what a GPU is for: products of halves that are added in float32."""
+    arguments = dict(latents=RECTANGLE.noise(2), steps=4, output="latent", **SIZE)
+    reference = ours.generate(PROMPTS, **arguments)
+    low = sana_jax.load_pipeline(toy_folder, dtype=dtype)
+    error = rms(low.generate(PROMPTS, **arguments) - reference)
+    assert 1e-5 < error / rms(reference) < 0.1

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax import loading
+from sana_jax import saving
 from sana_jax.checkpoints.read import open_checkpoint, read_json
 from sana_jax.errors import InputError
 from sana_jax.loading import load_pipeline
@@ -117,7 +117,7 @@ def test_a_folder_of_ones_own_is_refused(pipeline, tmp_path):
 
 def test_the_folder_is_as_open_as_others(saved):
     """A temporary folder is private; what it becomes follows the umask, and so do the files in it."""
-    mask = loading.umask()
+    mask = saving.umask()
     for path in [saved, *saved.rglob("*")]:
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
@@ -134,7 +134,7 @@ def test_what_a_folder_cannot_hold_is_refused(pipeline, tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["write_safetensors", "write_json", "replace"])
 def test_a_save_that_fails_leaves_nothing(pipeline, tmp_path, monkeypatch, error, step):
-    owner = os if step == "replace" else loading
+    owner = os if step == "replace" else saving
     works, calls = getattr(owner, step), []
 
     def fail_at_the_end(*args, **kwargs):

@@ -96,7 +96,7 @@ def test_round_trip_is_bit_exact():
 def test_round_trip_of_the_peer_is_bit_exact():
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    module = diffusers.AutoencoderDC.from_config(names.to_diffusers_config(fields_of(TOY)))
+    module = diffusers.AutoencoderDC.from_config(names.to_config(fields_of(TOY)))
     state = peers.to_numpy_state(peers.randomise(module, seed=0))
     table, header = table_of(TOY), peers.header(state)
     leaves = rules.to_flax(table, shapes_of(TOY), header, state.items(), np.float32)
@@ -110,19 +110,19 @@ def test_round_trip_of_the_peer_is_bit_exact():
 
 
 def test_published_config_is_the_preset():
-    fields = names.diffusers_config(PUBLISHED)
+    fields = names.config_fields(PUBLISHED)
     assert fields == fields_of(DC_AE_F32C32_SANA)
     assert DCAE(**fields) == DC_AE_F32C32_SANA and hash(DCAE(**fields))
 
 
 @pytest.mark.parametrize("model", [DC_AE_F32C32_SANA, TOY])
 def test_config_round_trip(model):
-    config = names.to_diffusers_config(fields_of(model))
-    assert names.diffusers_config(config) == fields_of(model)
+    config = names.to_config(fields_of(model))
+    assert names.config_fields(config) == fields_of(model)
 
 
 def test_written_config_says_what_the_published_one_says():
-    written = names.to_diffusers_config(fields_of(DC_AE_F32C32_SANA))
+    written = names.to_config(fields_of(DC_AE_F32C32_SANA))
     same = {k: v for k, v in PUBLISHED.items() if k != "_diffusers_version"}
     assert {k: written[k] for k in same} == same
 
@@ -136,7 +136,7 @@ def test_defaults_are_diffusers():
 
 
 def test_lone_block_type_stands_for_all_stages():
-    fields = names.diffusers_config(PUBLISHED | {"decoder_block_types": "ResBlock"})
+    fields = names.config_fields(PUBLISHED | {"decoder_block_types": "ResBlock"})
     assert fields["decoder_attention"] == (None,) * 6
     assert fields["encoder_attention"] == (None, None, None, (5,), (5,), (5,))
 
@@ -156,17 +156,17 @@ def test_lone_block_type_stands_for_all_stages():
         ({"encoder_qkv_multiscales": [5]}, "encoder_qkv_multiscales=.*a list of 6 entries"),
         ({"decoder_block_out_channels": [64] * 6}, "decoder_block_out_channels=.*the encoder's"),
         ({"latent_channels": "32"}, "latent_channels='32': must be a positive int"),
-        ({"scaling_factor": None}, "scaling_factor=None: must be a positive float"),
+        ({"scaling_factor": None}, "scaling_factor=None: must be a positive number"),
     ],
 )
 def test_configs_that_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        names.diffusers_config(PUBLISHED | change)
+        names.config_fields(PUBLISHED | change)
 
 
 def test_empty_config_is_diffusers_default_which_we_do_not_build():
     with pytest.raises(InputError, match="upsample_block_type='pixel_shuffle'"):
-        names.diffusers_config({})
+        names.config_fields({})
 
 
 # --- Structure from names and shapes.
