@@ -8,7 +8,6 @@ Every PNG holds its own recipe; `python sample.py --help` lists the arguments.
 import argparse
 import difflib
 import os
-import pathlib
 import platform
 import sys
 import time
@@ -63,41 +62,6 @@ def parse(argv):
     return args
 
 
-def keep_compiled_programs(folder):
-    """Compiled programs survive the process.  They are executables: the folder is private."""
-    import jax
-
-    if folder == "none":
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(folder) if folder else pathlib.Path(base) / "sana_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = folder.stat()
-        if hasattr(os, "getuid") and (owner.st_uid != os.getuid() or owner.st_mode & 0o022):
-            raise PermissionError(1, "others may write to it")
-    except OSError as error:
-        print(f"sample.py: warning: no compile cache in {folder}: {error.strerror}", file=sys.stderr)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def count_compile_seconds():
-    """A list whose sum is the time that XLA has spent compiling so far."""
-    import jax
-
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return seconds
-
-
 def run(args):
     started = time.perf_counter()
     if args.model is None:
@@ -108,7 +72,7 @@ def run(args):
     import tqdm
 
     import sana_jax
-    from sana_jax import images, pipeline, precision, text
+    from sana_jax import compile_cache, images, pipeline, precision, text
     from sana_jax.errors import require_choice
 
     # Everything that can be wrong is found before a file is read or a device is touched.
@@ -130,8 +94,9 @@ def run(args):
         chi = text.read_instruction_file(chi).text
     paths = images.output_paths(args.output, args.num_images, args.seed)
 
-    keep_compiled_programs(args.compile_cache)
-    compile_seconds = count_compile_seconds()
+    if problem := compile_cache.keep_programs(args.compile_cache):
+        warnings.warn(problem)
+    compile_seconds = compile_cache.count_seconds()
     model = sana_jax.load_pipeline(args.model, dtype=args.dtype, stack=args.stack)
     loaded = time.perf_counter()
     device, module = jax.devices()[0], model.sana[0]

@@ -93,7 +93,7 @@ def ours(args):
             lowered = programs.text_program.lower(*inputs, gemma2=gemma2)
             row = {"model": "gemma2", "batch": 1, "length": m}
             book.add("ours", row, "text", models.TEXT_FLOOR[m], lambda: compiled_row(lowered, *inputs))
-        del params, inputs
+        params = inputs = None  # the device needs the room
     dc_ae, dc_ae_params = found["dc_ae"], environment.random_params(found["dc_ae"])
     schedule = programs.SAMPLERS["flow-dpm-solver"][0](STEPS, models.FLOW_SHIFT)
     rest = schedule, np.float32(GUIDANCE), (np.float32(0), np.float32(1))
@@ -130,7 +130,7 @@ def ours(args):
             for part, work in (("denoise", denoise), ("decode", decode), ("total", total)):
                 if part in args.parts and not (part == "decode" and (n > 1 or m != 300)):
                     book.add("ours", case, part, models.floor(case, part), work)
-        del params
+        params = None
     return book
 
 
@@ -180,7 +180,7 @@ def torch_side(args):
         return torch.randn(*shape, generator=random, device=device).bfloat16()
 
     if "text" in args.parts:
-        config = transformers.Gemma2Config(**models.gemma2_config(args.smoke))
+        config = transformers.Gemma2Config(**models.peer_config("gemma2", args.smoke))
         gemma2 = models.build(lambda: transformers.Gemma2Model(config))
         for m in TEXT_LENGTHS:
             ids = torch.randint(3, config.vocab_size, (1, m), generator=random, device=device)
@@ -190,15 +190,15 @@ def torch_side(args):
                 return gemma2(ids, attention_mask=mask, use_cache=False)[0]
 
             book.add("torch eager", row, "text", models.TEXT_FLOOR[m], lambda: timed_torch(encode))
-        del gemma2
+        gemma2 = None
     for variant in args.variants.split(","):
         if book.closed():
             break
         torch._dynamo.reset()
-        dc_ae = models.build(lambda: diffusers.AutoencoderDC(**models.dc_ae_config(args.smoke)))
+        dc_ae = models.build(lambda: diffusers.AutoencoderDC(**models.peer_config("dc_ae", args.smoke)))
         dc_ae = prepare(dc_ae, variant, ("ResBlock", "EfficientViTBlock"))
         for model, group in itertools.groupby(cases(args, extra=False), lambda case: case.model):
-            config, scheduler = models.transformer_config(model, args.smoke), models.make_scheduler()
+            config, scheduler = models.peer_config(model, args.smoke), models.make_scheduler()
             sana = models.build(lambda: diffusers.SanaTransformer2DModel(**config))
             sana = prepare(sana, variant, ("SanaTransformerBlock",))
             for case in group:
@@ -234,8 +234,8 @@ def torch_side(args):
                     if part in args.parts and not (part == "decode" and case.batch > 1):
                         floor = models.floor(case, part)
                         book.add(f"torch {variant}", case, part, floor, lambda: timed_torch(work))
-            del sana
-        del dc_ae
+            sana = None
+        dc_ae = None
     return book
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 LIMIT = 30.0  # seconds for one measurement; the smoke runs lower it
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "diffusers", "transformers", "numpy", "sana_jax")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "sana_jax")
 
 
 def measure(fn, repeats=20, warmups=5, wait=None):

@@ -18,10 +18,9 @@ import tempfile
 
 from benchmarks import environment, models
 
-environment.PACKAGES += ("accelerate",)
-import jax  # noqa: E402: after environment has set what jax reads
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax  # isort: skip (after environment, which sets what jax reads)
+import jax.numpy as jnp  # isort: skip
+import numpy as np  # isort: skip
 
 CHECKS, COLUMNS = [], ("check", "value", "limit", "ok", "note", "error")
 
@@ -207,7 +206,7 @@ def full(path, smoke):
     from tests import peers
 
     module = models.modules(smoke)["1.6B"]
-    peer = models.build(lambda: SanaTransformer2DModel(**models.transformer_config("1.6B", smoke)))
+    peer = models.build(lambda: SanaTransformer2DModel(**models.peer_config("1.6B", smoke)))
     table = sana.diffusers_rules(module.heads, module.cross_heads, module.qk_norm, module.guidance_embed)
     state = peers.to_numpy_state(peer)
     shapes = parameter_shapes(module)

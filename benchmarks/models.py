@@ -59,34 +59,12 @@ def modules(smoke):
     return {name: module.clone(**types) for name, module in found.items()}
 
 
-def transformer_config(model, smoke):
-    """Arguments of diffusers' SanaTransformer2DModel."""
-    from sana_jax.checkpoints import sana
+def peer_config(name, smoke):
+    """Arguments of the peer's class (or of Gemma2Config) for one of `modules`."""
+    from sana_jax.saving import component_config
 
-    module = modules(smoke)[model]
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    return {k: v for k, v in sana.to_config(fields).items() if not k.startswith("_")}
-
-
-def dc_ae_config(smoke):
-    """Arguments of diffusers' AutoencoderDC."""
-    from sana_jax.checkpoints import dc_ae
-
-    module = modules(smoke)["dc_ae"]
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    return {k: v for k, v in dc_ae.to_config(fields).items() if not k.startswith("_")}
-
-
-def gemma2_config(smoke):
-    """Arguments of transformers' Gemma2Config."""
-    from sana_jax.checkpoints import gemma2
-
-    module = modules(smoke)["gemma2"]
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    hidden = ("parent", "name", "dtype", "param_dtype")
-    config = gemma2.to_config({k: v for k, v in fields.items() if k not in hidden})
-    drop = ("architectures", "model_type", "dtype", "torch_dtype")
-    return {k: v for k, v in config.items() if k not in drop}
+    config = component_config(modules(smoke)[name])
+    return {k: v for k, v in config.items() if k[0] != "_" and k not in ("architectures", "model_type")}
 
 
 def torch_device():

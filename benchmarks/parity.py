@@ -1,6 +1,8 @@
 """Measures how far every part is from its PyTorch original and writes docs/parity.md.
 
-    python -m benchmarks.parity            # needs the extras `parity` and `test`; CPU, a few minutes
+    python -m benchmarks.parity [--full]   # needs the extras `parity` and `test`; CPU, a few minutes
+
+With --full also the 0.6B and 1.6B transformers and the DC-AE in their published sizes (16 GB).
 
 Peers are built by diffusers' and transformers' own classes with random weights (tests/peers.py);
 float32 at highest matmul precision.  The bounds are those that the tests hold.
@@ -9,6 +11,7 @@ float32 at highest matmul precision.  The bounds are those that the tests hold.
 import argparse
 import copy
 import datetime
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -18,23 +21,29 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 import sana_jax
+from sana_jax import loading
+from sana_jax.checkpoints import rules
+from sana_jax.models.dc_ae import DC_AE_F32C32_SANA
+from sana_jax.models.sana import SANA_600M, SANA_1600M
 from sana_jax.sampling import flow_dpm_solver as dpm
 from tests import peers, toy_pipeline
+from tests.toy_pipeline import run_transformer, transformer_case
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 PROMPTS = ["A photo of a Red cat", "the dog runs along the beach in the morning light"]
-VARIANTS = {
-    "DiT, SANA-1.0": {},
-    "DiT, SANA-1.5 (qk-norm)": dict(qk_norm="rms_norm_across_heads"),
-    "DiT, 2K/4K position embedding": dict(interpolation_scale=2.0, sample_size=8),
-    "DiT, Sprint (guidance embedding)": dict(qk_norm="rms_norm_across_heads", guidance_embeds=True),
+NAMES = {
+    "1.0": "SANA-1.0",
+    "1.5": "SANA-1.5 (qk-norm)",
+    "4K": "2K/4K position embedding",
+    "sprint": "Sprint (guidance embedding)",
 }
 
 
@@ -64,30 +73,12 @@ def transformer(module, params, case):
     return np.asarray(out.astype(jnp.float32))
 
 
-def torch_transformer(module, x, t, states, mask, guidance=None):
-    dtype = next(module.parameters()).dtype
-    extra = {} if guidance is None else {"guidance": torch.tensor(guidance)}
-    x, states = (torch.tensor(a).to(dtype) for a in (first(x), states))
-    mask = torch.tensor(mask.astype("int64"))
-    return last(module(x, states, torch.tensor(t), encoder_attention_mask=mask, **extra).sample)
-
-
-def transformer_case(seed=0, guidance=False):
-    rng = np.random.default_rng(seed)
-    case = {
-        "x": rng.normal(size=(2, 7, 5, 32)).astype("f"),
-        "t": np.float32([999, 136.25]),
-        "states": rng.normal(size=(2, 9, toy_pipeline.CAPTION)).astype("f"),
-        "mask": np.arange(9) < np.array([[9], [3]]),
-    }
-    return case | ({"guidance": np.float32([0.45, 0.2])} if guidance else {})
-
-
 def float32_rows():
-    for name, changes in VARIANTS.items():
+    for variant, changes in toy_pipeline.VARIANTS.items():
         peer = toy_pipeline.make_transformer(**changes)
-        case = transformer_case(guidance="guidance_embeds" in changes)
-        yield row(name, transformer(*load("sana", peer), case), torch_transformer(peer, **case), 2e-5)
+        case = transformer_case(guidance=variant == "sprint")
+        ours, reference = transformer(*load("sana", peer), case), run_transformer(peer, **case)
+        yield row(f"DiT, {NAMES[variant]}", ours, reference, 2e-5)
 
     peer = toy_pipeline.make_dc_ae()
     module, params = load("dc_ae", peer)
@@ -151,7 +142,48 @@ def pipeline_rows(folder):
     oracle = toy_pipeline.nvlabs_oracle(
         theirs, nvlabs.instruction().text, PROMPTS, "", latents, 20, "flow-dpm-solver"
     )
-    yield row("pipeline, stack nvlabs, 20 steps, latent", image, oracle, 2e-4)
+    yield row("pipeline, stack nvlabs, 20 steps, latent", image, oracle, 1e-4)
+
+
+def convert(module, peer):
+    """Parameters of a torch module without a copy of them in between."""
+    state = peer.state_dict()
+    leaves = rules.to_flax(
+        loading.published_rules(module),
+        loading.parameter_shapes(module),
+        {name: (tuple(tensor.shape), "F32") for name, tensor in state.items()},
+        ((name, tensor.numpy()) for name, tensor in state.items()),
+        np.dtype("float32"),
+    )
+    params = {path: jnp.asarray(leaves.pop(path)) for path in list(leaves)}
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def full_rows():
+    """Published sizes, random weights: widths of 2240 and sums over 5600 channels, as users run them."""
+    import diffusers
+
+    for name, module in (("0.6B", SANA_600M), ("1.6B", SANA_1600M)):
+        config = toy_pipeline.config_of(module)
+        peer = peers.randomise(diffusers.SanaTransformer2DModel(**config), 1)
+        params = convert(module, peer)
+        case = transformer_case(16, 12, caption=module.caption_width)
+        reference = run_transformer(peer, **case)
+        del peer
+        yield row(f"DiT {name}, published size", transformer(module, params, case), reference, 2e-5)
+    module = DC_AE_F32C32_SANA
+    peer = diffusers.AutoencoderDC(**toy_pipeline.config_of(module))
+    peers.randomise(peer, 2, gain=0.5)  # latents of rms 2.8; published ones have 1 / 0.41407 = 2.4
+    params = convert(module, peer)
+    images = np.random.default_rng(1).uniform(-1, 1, (1, 256, 320, 3)).astype("f")
+    latents = last(peer.encode(torch.tensor(first(images))).latent)
+    decoded = last(peer.decode(torch.tensor(first(latents))).sample)
+    encode, decode = (jax.jit(functools.partial(module.apply, method=m)) for m in ("encode", "decode"))
+    for what, ours, reference, bound in (
+        ("latent", encode({"params": params}, images), latents, 5e-5),
+        ("image", decode({"params": params}, latents), decoded, 2e-5),
+    ):
+        yield row(f"DC-AE {what}, published size", ours, reference, bound)
 
 
 def bfloat16_rows(seeds=6):
@@ -161,24 +193,26 @@ def bfloat16_rows(seeds=6):
     module, params = load("sana", peer, dtype="bf16")
     errors = []
     for seed in range(seeds):
-        case = transformer_case(seed)
-        reference = torch_transformer(peer, **case)
-        both = transformer(module, params, case), torch_transformer(low, **case)
+        case = transformer_case(seed=seed)
+        reference = run_transformer(peer, **case)
+        both = transformer(module, params, case), run_transformer(low, **case)
         errors.append([peers.rms(e - reference) for e in both])
     yield ("DiT", *np.mean(errors, axis=0))
 
     peer = toy_pipeline.make_dc_ae()
     low = copy.deepcopy(peer).to(torch.bfloat16)
     module, params = load("dc_ae", peer, dtype="bf16")
-    decode = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode").astype(jnp.float32))
-    errors = []
-    for seed in range(seeds):
-        z = np.random.default_rng(seed).normal(size=(1, 4, 4, 32)).astype("f")
-        z_torch = torch.tensor(first(z))
-        reference = last(peer.decode(z_torch).sample)
-        both = decode(params, z), last(low.decode(z_torch.bfloat16()).sample)
-        errors.append([peers.rms(np.asarray(e) - reference) for e in both])
-    yield ("DC-AE decode", *np.mean(errors, axis=0))
+    for method, field, shape in (("encode", "latent", (128, 128, 3)), ("decode", "sample", (4, 4, 32))):
+        ours = jax.jit(functools.partial(module.apply, method=method))
+        errors = []
+        for seed in range(seeds):
+            x = np.random.default_rng(seed).uniform(-1, 1, (1, *shape)).astype("f")
+            there = torch.tensor(first(x))
+            reference = last(getattr(getattr(peer, method)(there), field))
+            theirs = last(getattr(getattr(low, method)(there.bfloat16()), field))
+            both = ours({"params": params}, x).astype(jnp.float32), theirs
+            errors.append([peers.rms(np.asarray(e) - reference) for e in both])
+        yield (f"DC-AE {method}", *np.mean(errors, axis=0))
 
     peer = toy_pipeline.make_gemma2()
     low = copy.deepcopy(peer).to(torch.bfloat16)
@@ -200,7 +234,8 @@ Written by `python -m benchmarks.parity`; do not edit.  {date}, {machine}, {vers
 
 ## float32
 
-Toy-sized peers of the original classes, random weights, highest matmul precision, on a CPU.
+Peers of the original classes with random weights, toy-sized unless it says otherwise, highest matmul
+precision, on a CPU.
 
 | what | max abs error | bound | rms of the reference | |
 |---|---|---|---|---|
@@ -221,12 +256,14 @@ Real published checkpoints have not been compared: none could be had where this 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/parity.md"))
-    output = parser.parse_args().output
+    parser.add_argument("--full", action="store_true", help="published sizes too; needs 16 GB")
+    args = parser.parse_args()
     packages = ("jax", "flax", "torch", "diffusers", "transformers")
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
         toy_pipeline.make_pipeline().save_pretrained(folder)
         rows = [*float32_rows(), solver_row(), *pipeline_rows(folder)]
+    rows += full_rows() if args.full else []
     seeds = 6
     low = [f"| {n} | {a:.2e} | {b:.2e} | {a / b:.2f} |" for n, a, b in bfloat16_rows(seeds)]
     page = HEAD.format(
@@ -237,7 +274,7 @@ def main():
         bfloat16="\n".join(low),
         seeds=seeds,
     )
-    output.write_text(page, encoding="utf-8")
+    args.output.write_text(page, encoding="utf-8")
     print(page)
     return 1 if "FAILS" in page or any(float(line.split("|")[-2]) > 1.2 for line in low) else 0
 

@@ -81,7 +81,7 @@ def parts(module, size, length=300):
         value, gate = jnp.split(x, 2, axis=-1)
         return value * jax.nn.silu(gate)
 
-    conv, flops = [(3, 3, 2 * f), (2 * f,)], 2 * 9 * t * 2 * f
+    conv = [(3, 3, 2 * f), (2 * f,)]
     shifted, silu = ops.depthwise_conv, jax.nn.silu
     yield gemm("qkv", d, 3 * d)
     yield gemm("attention out, cross query, cross out: each", d, d)

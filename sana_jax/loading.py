@@ -8,8 +8,10 @@ transformer/, vae/.  What it cannot say (which instruction and which stack) stan
 """
 
 import dataclasses
+import os
 import pathlib
 import re
+import warnings
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -90,8 +92,6 @@ def _prepare(module_class, fields, overrides, checkpoint):
     module = module_class(**fields)
     try:
         shapes = parameter_shapes(module)
-    except InputError:
-        raise
     except (ArithmeticError, TypeError, ValueError) as error:  # heads that do not divide a width, say
         given = "".join(f", {name}={value!r}" for name, value in overrides.items())
         reason = str(error).splitlines()[0]
@@ -111,7 +111,7 @@ def _component(path, subfolder):
         config = read_json(path / "config.json")
         kind = config.get("_class_name") or config.get("model_type") or KINDS[subfolder]
         if kind != KINDS[subfolder]:
-            raise InputError(f"{path}: holds a {kind}, must hold a {KINDS[subfolder]}: is this the right folder?")
+            raise InputError(f"{path}: holds {kind}, must hold {KINDS[subfolder]}: is this the right folder?")
         return path, config
     if (path / subfolder).is_dir():
         raise InputError(f"{path}: is a whole pipeline; pass {path / subfolder}, or use load_pipeline")
@@ -181,6 +181,8 @@ def _prepare_gemma2(path, **overrides):
 
 def find_model(model, revision=None):
     """The local folder of a model: `model` itself, or the files of a Hugging Face repository."""
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model={model!r}: must be a path or a Hugging Face id, not a {type(model).__name__}")
     folder = pathlib.Path(model)
     if folder.is_dir():
         return folder
@@ -198,14 +200,39 @@ def find_model(model, revision=None):
         raise InputError(f"model={str(model)!r}: not a local folder, and the download failed: {detail}") from error
 
 
+SCHEDULERS = {  # keys of scheduler_config.json that change the pictures: the values we can follow
+    "_class_name": ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "prediction_type": ("flow_prediction",),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "final_sigmas_type": ("zero",),
+    "use_flow_sigmas": (True,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "thresholding": (False,),
+    "euler_at_final": (False,),
+    "num_train_timesteps": (1000,),
+}
+
+
 def read_flow_shift(folder):
-    """The flow shift of a scheduler folder, or None without one.  Raises InputError."""
+    """The flow shift of a scheduler folder, or None without one.
+
+    Raises InputError: a scheduler that neither of our samplers follows.  Warns of Euler's, since the
+    sampler is chosen by the caller.
+    """
     path = pathlib.Path(folder) / "scheduler_config.json"
     if not path.is_file():
         return None
     config = read_json(path)
-    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
-        raise InputError(f"{path}: prediction_type={config['prediction_type']!r}, must be 'flow_prediction'")
+    for key, allowed in SCHEDULERS.items():
+        require_choice(f"{path}: {key}", config.get(key, allowed[0]), allowed)
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        warnings.warn(f"{path}: these weights came with Euler; sampler='flow-euler' follows it", stacklevel=3)
     shift = config.get("flow_shift", config.get("shift"))
     return require_positive(f"{path}: flow_shift", shift, float, none=True)
 

@@ -74,7 +74,7 @@ def depthwise_conv(x, kernel, bias=None):
     """Depthwise k x k convolution, stride 1, zero padding k // 2.
 
     k * k shifted multiply-adds that XLA fuses into one pass; the library's grouped convolution is
-    13 to 40 times slower on a CPU (performance.md section 6).
+    13 to 40 times slower on a CPU.
 
     Args:
       x: [b, h, w, c].
@@ -103,7 +103,7 @@ def cross_attention(q, kv, bias):
       q: [b, n, k, c].
       kv: [b, m, k, 2 * c], for each head its key and value side by side.
       bias: [b, m] float32, added to the logits; -10000 hides a token and, unlike -inf, leaves a row whose
-        tokens are all hidden finite (numerics.md 1.5).
+        tokens are all hidden finite (docs/numerics.md 1.5).
     Returns:
       [b, n, k, c].
     """

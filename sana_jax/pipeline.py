@@ -10,6 +10,7 @@ Shapes: b images, m caption tokens, d channels of the text encoder, h w latent g
 
 import dataclasses
 import functools
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from sana_jax.stacks import STACKS, Stack
 
 OUTPUTS = ("uint8", "float", "latent")
 EVERYWHERE = (0.0, 1.0)
+REMEMBERED = 8  # encoded texts, a megabyte or two each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,29 +48,34 @@ def _strings(field, value):
     return list(values)
 
 
-def check_request(
-    *, steps=20, guidance_scale=4.5, num_images=1, seed=0, sampler="flow-dpm-solver", flow_shift=None,
-    max_sequence_length=300, output="uint8", guidance_interval=EVERYWHERE, height=None, width=None,
-    first_image=0, bin_resolution=True,
-):  # fmt: skip
-    """Raises InputError for any argument of `generate` that is wrong whatever the model is."""
-    require_range("steps", steps, 1, 1000)
-    require_range("guidance_scale", guidance_scale, 0, 100, float)
-    require_range("num_images", num_images, 1, 4096)
-    require_range("seed", seed, 0, 2**32 - 1)
-    require_range("first_image", first_image, 0, 2**31)
-    require_choice("sampler", sampler, tuple(SAMPLERS))
-    if flow_shift is not None:
-        require_range("flow_shift", flow_shift, 0.01, 100, float)
-    require_range("max_sequence_length", max_sequence_length, 2, 4096)
-    require_choice("output", output, OUTPUTS)
-    require_choice("bin_resolution", bin_resolution, (True, False))
-    check_size(*(PATCH if side is None else side for side in (height, width)))
-    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
-        raise InputError(f"guidance_interval={guidance_interval!r}: must be two numbers, (low, high)")
-    low, high = guidance_interval
-    require_range("guidance_interval[0]", low, 0, 1, float)
-    require_range("guidance_interval[1]", high, low, 1, float)
+def _check_interval(value):
+    if len(np.shape(value)) != 1 or len(value) != 2:
+        raise InputError(f"guidance_interval={value!r}: must be two numbers, (low, high)")
+    require_range("guidance_interval[0]", value[0], 0, 1, float)
+    require_range("guidance_interval[1]", value[1], value[0], 1, float)
+
+
+CHECKS = {  # arguments of `generate` whose rule does not depend on the model
+    "steps": lambda v: require_range("steps", v, 1, 1000),
+    "guidance_scale": lambda v: require_range("guidance_scale", v, 0, 100, float),
+    "num_images": lambda v: require_range("num_images", v, 1, 4096),
+    "seed": lambda v: require_range("seed", v, 0, 2**32 - 1),
+    "first_image": lambda v: require_range("first_image", v, 0, 2**31),
+    "sampler": lambda v: require_choice("sampler", v, tuple(SAMPLERS)),
+    "flow_shift": lambda v: v is None or require_range("flow_shift", v, 0.01, 100, float),
+    "max_sequence_length": lambda v: require_range("max_sequence_length", v, 2, 4096),
+    "output": lambda v: require_choice("output", v, OUTPUTS),
+    "bin_resolution": lambda v: require_choice("bin_resolution", v, (True, False)),
+    "guidance_interval": _check_interval,
+    "height": lambda v: v is None or check_size(v, PATCH),
+    "width": lambda v: v is None or check_size(PATCH, v),
+}
+
+
+def check_request(**arguments):
+    """Raises InputError for any of these arguments of `generate` that is wrong for every model."""
+    for name, value in arguments.items():
+        CHECKS[name](value)
 
 
 class Pipeline:
@@ -76,15 +83,18 @@ class Pipeline:
 
     Attributes:
       sana, dc_ae: (module, params).
-      text: a `TextEncoder`, or None: then `generate` and `encode_prompt` are not available.
+      text: a `TextEncoder` (or the tuple of its fields), or None: then `generate` and `encode_prompt` are not available.
       stack: a `Stack`; its fields are set on `sana`.
       flow_shift: the default of `generate`.
     """
 
     def __init__(self, sana, dc_ae, text=None, stack="diffusers", *, flow_shift=None):
-        """Args: as the attributes; `stack` may be a name, `flow_shift` None takes the stack's (6 at 4K)."""
+        """Args: as the attributes; `stack` may be a name.  The stack's flow shift comes first, then
+        `flow_shift`, which is the checkpoint's, then the published 3, or 6 at 4K."""
         if not isinstance(stack, Stack):
             stack = STACKS[require_choice("stack", stack, tuple(STACKS))]
+        if isinstance(text, tuple):
+            text = TextEncoder(*text)
         module, params = sana
         if module.guidance_embed:
             raise InputError("guidance_embed=True: this is a SANA-Sprint transformer, which Flow-DPM-Solver does not sample")
@@ -100,8 +110,9 @@ class Pipeline:
             )
         self.sana = module.clone(**stack.sana_fields()), params
         self.dc_ae, self.text, self.stack = dc_ae, text, stack
-        default = 6.0 if module.sample_size >= 128 else stack.flow_shift
-        self.flow_shift = float(default if flow_shift is None else flow_shift)
+        published = 6.0 if module.sample_size >= 128 else 3.0
+        self.flow_shift = float(stack.flow_shift or flow_shift or published)
+        self._prefixes, self._texts = {}, {}  # what the text encoder made of recent tokens
 
     def save(self, folder):
         """Writes the folder that `load_pipeline` and diffusers read; see `saving.save_pipeline`."""
@@ -110,8 +121,14 @@ class Pipeline:
         save_pipeline(self, folder)
 
     def instruction(self, chi="auto"):
-        """The `text.Instruction` that prompts get: chi is "auto", "none" or the joined text."""
-        return text.find_instruction(chi, self.stack, self._text_encoder().instruction)
+        """The `text.Instruction` that prompts get: chi is "auto", "none" or the joined text.
+
+        Warns where "auto" finds only the words that stand in for the published ones.
+        """
+        found = text.find_instruction(chi, self.stack, self._text_encoder().instruction)
+        if found.text == text.OWN_WORDS:
+            warnings.warn(f"instruction: {found.source}; pictures differ from the published ones", stacklevel=3)
+        return found
 
     def _text_encoder(self):
         if self.text is None:
@@ -139,12 +156,24 @@ class Pipeline:
         return text.tokenize(self._text_encoder().tokenizer, prompts, instruction, length)
 
     def _states(self, tokens):
-        encoder = self._text_encoder()
+        """Selected states of the text encoder; the last few texts and instructions are remembered."""
+        key = tokens.ids.tobytes(), tokens.mask.tobytes(), tokens.selection.tobytes()
+        if key in self._texts:
+            return self._texts[key]
+        encoder, prefix, rest = self._text_encoder(), None, tokens
+        module, params = encoder.gemma2, encoder.params
+        head, behind = text.split_instruction(tokens) or (np.zeros((1, 0)), None)
+        if head.shape[1] > 1:
+            rest, start = behind, head.tobytes()
+            if start not in self._prefixes:
+                self._prefixes = {start: programs.prefix_program(params, head, gemma2=module)}
+            prefix = self._prefixes[start]
         states, finite = programs.text_program(
-            encoder.params, tokens.ids, tokens.mask, tokens.selection, gemma2=encoder.gemma2
+            params, rest.ids, rest.mask, rest.selection, prefix, gemma2=module
         )
         if not finite:
-            diagnose.explain_text(encoder.gemma2, encoder.params, tokens.ids, tokens.mask)
+            diagnose.explain_text(module, params, tokens.ids, tokens.mask)
+        self._texts = dict(list(self._texts.items())[-REMEMBERED + 1 :]) | {key: states}
         return states
 
     def denoise(
@@ -155,8 +184,9 @@ class Pipeline:
 
         Args:
           states, mask: [b m d], [b m] bool of the prompts.
-          negative_states, negative_mask: the same for the unconditional half; without states there
-            is no guidance, without a mask the prompts' own is used.
+          negative_states, negative_mask: the same for the unconditional half, one for all or one for
+            each; without states there is no guidance, without a mask, and always in the stack
+            "nvlabs", the prompts' own mask is used.
           latents: [b h w c], the noise.
           steps, guidance_scale, sampler, flow_shift, guidance_interval: as in `generate`.
         Returns:
@@ -171,16 +201,35 @@ class Pipeline:
         module, params = self.sana
         if latents is None:
             raise InputError("latents=None: denoise needs the noise, [b h w c]")
-        latents = self._latents(latents, states.shape[0])
-        if negative_mask is None:
-            negative_mask = mask
+        states, mask = self._caption("", states, mask)
         guided = guidance_scale > 1 and negative_states is not None
-        conditions = (states, mask, negative_states, negative_mask) if guided else (states, mask, None, None)
+        conditions = states, mask, None, None
+        if guided:
+            if negative_mask is None or self.stack.negative_uses_prompt_mask:
+                negative_mask = mask
+            conditions = states, mask, *self._caption("negative_", negative_states, negative_mask, like=states)
+        latents = self._latents(latents, states.shape[0])
         arguments, static = self._arguments(steps, guidance_scale, sampler, flow_shift, guidance_interval, guided)
         out = programs.denoise_program(params, conditions, latents, *arguments, sana=module, **static)
         if not bool(jnp.isfinite(out).all()):
             diagnose.explain_denoise(module, params, programs.denoise, (conditions, latents, *arguments), static)
         return out
+
+    def _caption(self, prefix, states, mask, like=None):
+        """(states [b m d], mask [b m] bool), one caption repeated for all of `like`.  Raises InputError."""
+        width = self.sana[0].caption_width
+        states, mask = jnp.asarray(states), jnp.asarray(mask)
+        if states.ndim != 3 or states.shape[-1] != width:
+            raise InputError(f"{prefix}states: shape {states.shape}, must be [batch, tokens, {width}]")
+        if like is not None and states.shape[0] == 1:
+            states = jnp.repeat(states, like.shape[0], axis=0)
+        if like is not None and states.shape != like.shape:
+            raise InputError(f"{prefix}states: shape {states.shape}, must be {like.shape} like states, or one of the batch")
+        if mask.ndim == 2 and mask.shape[0] == 1:
+            mask = jnp.repeat(mask, states.shape[0], axis=0)
+        if mask.shape != states.shape[:2]:
+            raise InputError(f"{prefix}mask: shape {mask.shape}, must be {states.shape[:2]} = [batch, tokens]")
+        return states, mask.astype(bool)
 
     def _arguments(self, steps, scale, sampler, flow_shift, interval, guided):
         shift = self.flow_shift if flow_shift is None else float(flow_shift)
@@ -189,13 +238,14 @@ class Pipeline:
         traced = schedule, np.float32(scale), tuple(np.float32(e) for e in interval)
         return traced, {"sampler": sampler, "guided": guided, "limited": limited}
 
-    def _latents(self, latents, count, grid=None):
-        """The given noise as float32 [count, *grid, c]; any grid if None.  Raises InputError."""
+    def _latents(self, latents, count=None, grid=None):
+        """The given latents as float32 [count, *grid, c]; None is any.  Raises InputError."""
         try:
             latents = jnp.asarray(latents, jnp.float32)
         except (TypeError, ValueError) as error:
             raise InputError(f"latents: must be an array of numbers, is a {type(latents).__name__}") from error
-        shape = (count, *(grid or latents.shape[1:3]), self.sana[0].latent_channels)
+        given = latents.shape if latents.ndim == 4 else ("b", "h", "w", None)
+        shape = (given[0] if count is None else count, *(grid or given[1:3]), self.sana[0].latent_channels)
         if latents.shape != shape:
             raise InputError(f"latents: shape {latents.shape}, must be {shape} = [images, height / 32, width / 32, channels]")
         if not bool(jnp.isfinite(latents).all()):
@@ -203,14 +253,27 @@ class Pipeline:
         return latents
 
     def decode(self, latents):
-        """Model-space latents [b h w c] -> images [b H W 3] in about [-1, 1], not clipped."""
+        """Model-space latents [b h w c] -> images [b H W 3] float32, clipped to [-1, 1].
+
+        Raises InputError: wrong shape, or not finite.  NonFiniteError: names the first bad layer.
+        """
         module, params = self.dc_ae
-        return programs.decode_program(params, jnp.asarray(latents), dc_ae=module)
+        latents = self._latents(latents)
+        images, finite = programs.decode_program(params, latents, dc_ae=module)
+        if not finite:
+            diagnose.explain_decode(module, params, functools.partial(programs.decode, module), latents)
+        return images
 
     def encode(self, images):
-        """Images [b H W 3] in [-1, 1] -> model-space latents [b h w c]; H and W multiples of 32."""
+        """Images [b H W 3] in [-1, 1] -> model-space latents [b h w c] float32.
+
+        Raises InputError: not floating point in [-1, 1], or H or W not a multiple of 32.
+        """
         module, params = self.dc_ae
-        return programs.encode_program(params, jnp.asarray(images), dc_ae=module)
+        images = jnp.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating) or not bool((jnp.abs(images) <= 1).all()):
+            raise InputError(f"images: {images.dtype}, must be floating point in [-1, 1]: x / 127.5 - 1 for uint8")
+        return programs.encode_program(params, images, dc_ae=module)
 
     def generate(
         self, prompts, *, negative_prompts="", height=None, width=None, steps=20, guidance_scale=4.5,
@@ -296,6 +359,6 @@ class Pipeline:
             arrays += [jnp.repeat(states, repeats, axis=0), jnp.repeat(mask, repeats, axis=0)]
         if negatives is None:
             return (*arrays, None, None)
-        if self.stack.negative_uses_prompt_mask:
+        if self.stack.negative_uses_prompt_mask:  # `denoise` has the same line for its callers
             arrays[3] = arrays[1]
         return tuple(arrays)

@@ -14,7 +14,7 @@ NAMES = {
 }
 STORED = {"F64": jnp.float32, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
-# Repository name (without "_diffusers") -> dtype of the transformer (numerics.md 3.1).  SANA-1.5,
+# Repository name (without "_diffusers") -> dtype of the transformer (docs/numerics.md 3.1).  SANA-1.5,
 # Sprint and the 2K and 4K models leave the range of float16.
 PUBLISHED = {
     "Sana_600M_512px": jnp.float16,
@@ -65,5 +65,5 @@ def published(name):
 
 
 def without_float16(dtype):
-    """Gemma-2 and DC-AE overflow float16 (numerics.md 6, trap 18): they run in bfloat16 instead."""
+    """Gemma-2 and DC-AE overflow float16 (docs/numerics.md 6, trap 18): they run in bfloat16 instead."""
     return jnp.bfloat16 if dtype == jnp.float16 else dtype

@@ -4,6 +4,7 @@ Everything that can change without a new program (prompts, guidance scale, flow 
 argument; what cannot (modules, sampler, sizes, with or without guidance) is static.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -18,6 +19,13 @@ SAMPLERS = {
     "flow-dpm-solver": (dpm.schedule, dpm.flow_dpm_solver),
     "flow-euler": (euler.schedule, euler.flow_euler),
 }
+
+
+def apply(module, params, *args, method="__call__"):
+    """module.apply, in which a float32 module multiplies in float32: a GPU would take TF32."""
+    highest = jax.default_matmul_precision("highest")
+    with highest if module.dtype == jnp.float32 else contextlib.nullcontext():
+        return module.apply({"params": params}, *args, method=method)
 
 
 def pairs(a, b):
@@ -35,21 +43,21 @@ def denoise(sana, params, conditions, latents, schedule, scale, interval, *, sam
     What does not depend on the step is computed here, before the solver's scan: the captions' MLP,
     the keys and values of all layers, the modulation of all times.
     """
-    apply = functools.partial(sana.apply, {"params": params})
+    network = functools.partial(apply, sana, params)
     states, mask, negative_states, negative_mask = conditions
     if guided:
         states, mask = pairs(negative_states, states), pairs(negative_mask, mask)
-    captions = apply(states, mask, method="embed_text")
-    times = schedule.sigma, apply(schedule.t[:, None], method="embed_time")
+    captions = network(states, mask, method="embed_text")
+    times = schedule.sigma, network(schedule.t[:, None], method="embed_time")
 
     def conditional(x, t):
         prompts = captions
         if guided:
             prompts = captions.replace(kv=captions.kv[:, 1::2], bias=captions.bias[1::2])
-        return apply(x, t[1], prompts, method="velocity")
+        return network(x, t[1], prompts, method="velocity")
 
     def both(x, t):
-        v = apply(pairs(x, x), t[1], captions, method="velocity")
+        v = network(pairs(x, x), t[1], captions, method="velocity")
         v = v.reshape(-1, 2, *x.shape[1:])
         return v[:, 0], v[:, 1]
 
@@ -82,7 +90,7 @@ def paint_program(
     finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
     if output == "latent":
         return latents, jnp.stack([finite, finite], axis=1)
-    images = decode(dc_ae, params["dc_ae"], latents).astype(jnp.float32)
+    images = decode(dc_ae, params["dc_ae"], latents)
     finite = jnp.stack([finite, jnp.isfinite(images).all(axis=(1, 2, 3))], axis=1)
     images = to_unit(resize_and_crop(images, *size))
     if output == "uint8":
@@ -91,19 +99,23 @@ def paint_program(
 
 
 def decode(dc_ae, params, latents):
-    """Model-space latents [b h w c] -> [b H W 3], not clipped."""
+    """Model-space latents [b h w c] -> [b H W 3] float32, not clipped."""
     latents = latents.astype(dc_ae.dtype) / dc_ae.scaling_factor
-    return dc_ae.apply({"params": params}, latents, method="decode")
+    return apply(dc_ae, params, latents, method="decode").astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="dc_ae")
 def decode_program(params, latents, *, dc_ae):
-    return decode(dc_ae, params, latents)
+    """(images [b H W 3] in [-1, 1], whether all were finite before they were clipped)."""
+    images = decode(dc_ae, params, latents)
+    return jnp.clip(images, -1, 1), jnp.isfinite(images).all()
 
 
 @functools.partial(jax.jit, static_argnames="dc_ae")
 def encode_program(params, images, *, dc_ae):
-    return dc_ae.apply({"params": params}, images, method="encode") * dc_ae.scaling_factor
+    """Images [b H W 3] in [-1, 1] -> model-space latents [b h w c] float32."""
+    latents = apply(dc_ae, params, images, method="encode")
+    return latents.astype(jnp.float32) * dc_ae.scaling_factor
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -114,7 +126,19 @@ def initial_latents(seed, indices, shape):
 
 
 @functools.partial(jax.jit, static_argnames="gemma2")
-def text_program(params, ids, mask, selection, *, gemma2):
-    """ids, mask [b m'] -> the states at the selected positions [b m d], and whether all are finite."""
-    states = gemma2.apply({"params": params}, ids, mask)[:, selection]
+def prefix_program(params, ids, *, gemma2):
+    """The `Prefix` of ids [1 p], which every text that begins with them can reuse."""
+    return apply(gemma2, params, ids, method="encode_prefix")
+
+
+@functools.partial(jax.jit, static_argnames="gemma2")
+def text_program(params, ids, mask, selection, prefix=None, *, gemma2):
+    """ids, mask [b m'] -> the states at the selected positions [b m d], and whether all are finite.
+
+    Behind a `prefix` the selection counts from its end, and its first state, BOS, comes first.
+    """
+    states = apply(gemma2, params, ids, mask, prefix)[:, selection]
+    if prefix is not None:
+        first = jnp.broadcast_to(prefix.states[:, :1], (ids.shape[0], 1, states.shape[-1]))
+        states = jnp.concatenate([first, states], axis=1)
     return states, jnp.isfinite(states).all()

@@ -1,4 +1,6 @@
-"""Which sizes a model paints, and how a requested size is reached from one of them (numerics.md 7)."""
+"""Which sizes a model paints, and how a requested size is reached from one of them (docs/numerics.md 7)."""
+
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ def bins(sample_size):
 def check_size(height, width):
     """Raises InputError unless both are whole numbers of pixels in [1, 8192]."""
     for field, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise InputError(f"{field}={value!r}: must be an int, in pixels")
         if not 1 <= value <= LARGEST:
             near = min(max(value, PATCH), LARGEST)
@@ -68,7 +70,7 @@ def painted_size(height, width, sample_size, bin_resolution=True):
                 raise InputError(
                     f"{field}={value}: must be a multiple of {PATCH} without bin_resolution; nearest valid {near}"
                 )
-    return tuple(-(-side // PATCH) * PATCH for side in (height, width))
+    return tuple(-(-int(side) // PATCH) * PATCH for side in (height, width))
 
 
 def resize_and_crop(images, height, width):

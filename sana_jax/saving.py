@@ -39,7 +39,8 @@ SCHEDULER = {
 }
 
 
-def _config(module):
+def component_config(module):
+    """config.json of a module's published class."""
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
     if isinstance(module, Sana):
         return sana_names.to_config(fields)
@@ -55,7 +56,7 @@ def save_component(folder, stem, module, params):
     leaves = {
         path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()
     }
-    write_json(folder / "config.json", _config(module))
+    write_json(folder / "config.json", component_config(module))
     write_safetensors(folder, stem, to_torch(published_rules(module), leaves))
 
 

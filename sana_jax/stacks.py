@@ -1,7 +1,7 @@
 """The two published inference stacks, and every place where they differ, in one table.
 
 Weights are the same; diffusers and NVlabs' own code run them a little differently and paint
-different pictures.  A Pipeline follows one of them (numerics.md 1.5, 4.5, 6).
+different pictures.  A Pipeline follows one of them (docs/numerics.md 1.5, 4.5, 6).
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ class Stack:
     name: str
     negative_uses_prompt_mask: bool  # whose mask the unconditional half attends with
     lower_case: bool  # prompts are lower-cased before tokenising
-    strip_flags: bool  # `--ar W:H` and `--hw H:W` inside a prompt are removed
+    strip_flags: bool  # a prompt ends at its first --ar, --hw or --aspect_ratio
     chi_double_quotes: bool  # "Enhanced prompt" in the instruction is in double quotes
     attention_eps: float  # denominator of the linear attention
     cross_norm_eps: float  # RMSNorm of query and key in cross-attention, where there is one
     integer_time: bool  # the time embedding truncates t
     clamp: bool  # attention output clipped to the range of float16 whatever its dtype
-    flow_shift: float  # used when the checkpoint names none
+    flow_shift: float | None  # None: the checkpoint's scheduler's (3, and 6 at 4K, if it has none)
 
     def sana_fields(self):
         """The overrides that this stack puts on a `Sana` module."""
@@ -42,7 +42,7 @@ DIFFUSERS = Stack(
     cross_norm_eps=1e-5,
     integer_time=False,
     clamp=False,
-    flow_shift=3.0,
+    flow_shift=None,
 )
 
 NVLABS = Stack(
@@ -55,7 +55,7 @@ NVLABS = Stack(
     cross_norm_eps=1e-6,
     integer_time=True,
     clamp=True,
-    flow_shift=3.0,
+    flow_shift=None,
 )
 
 STACKS = {stack.name: stack for stack in (DIFFUSERS, NVLABS)}

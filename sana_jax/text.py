@@ -2,7 +2,7 @@
 
 SANA does not show its text encoder the prompt alone.  A fixed "complex human instruction" (CHI)
 comes first, and of all states only the first and those from the prompt on are handed to the
-transformer (https://arxiv.org/abs/2410.10629; numerics.md section 6).  The words of the instruction
+transformer (https://arxiv.org/abs/2410.10629; docs/numerics.md section 6).  The words of the instruction
 belong to its authors and are not part of this package: they come from the checkpoint, from an
 installed diffusers, or from a file.
 

@@ -35,6 +35,47 @@ GEMMA2 = dict(
 )  # fmt: skip
 
 
+VARIANTS = {  # structures of the published transformers, as changes to TRANSFORMER
+    "1.0": {},
+    "1.5": dict(qk_norm="rms_norm_across_heads"),
+    "4K": dict(interpolation_scale=2.0, sample_size=8),
+    "sprint": dict(qk_norm="rms_norm_across_heads", guidance_embeds=True),
+}
+
+
+def transformer_case(height=7, width=5, batch=2, tokens=9, seed=0, guidance=False, caption=CAPTION):
+    """Odd, non-square, with one padded caption, one integer and one fractional time."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((batch, tokens), bool)
+    mask[-1, 3:] = False
+    case = {
+        "x": rng.normal(size=(batch, height, width, 32)).astype("f"),
+        "t": np.resize(np.float32([999, 136.25, 499]), batch),
+        "states": rng.normal(size=(batch, tokens, caption)).astype("f"),
+        "mask": mask,
+    }
+    return case | ({"guidance": np.resize(np.float32([0.45, 0.2]), batch)} if guidance else {})
+
+
+def run_transformer(module, x, t, states, mask, guidance=None):
+    """diffusers' transformer on NHWC numpy arrays, float32 out whatever its dtype."""
+    import torch
+
+    dtype = next(module.parameters()).dtype
+    x, states = (torch.tensor(a).to(dtype) for a in (np.moveaxis(x, -1, 1), states))
+    mask, t = torch.tensor(mask.astype("int64")), torch.tensor(t)
+    extra = {} if guidance is None else {"guidance": torch.tensor(guidance)}
+    out = module(x, states, t, encoder_attention_mask=mask, **extra).sample
+    return np.moveaxis(out.float().numpy(), 1, -1)
+
+
+def config_of(module):
+    """Arguments of the peer class for one of our modules, as its config.json would hold them."""
+    from sana_jax.saving import component_config
+
+    return {k: v for k, v in component_config(module).items() if not k.startswith("_")}
+
+
 def make_transformer(seed=1, **changes):
     from diffusers import SanaTransformer2DModel
 
@@ -88,7 +129,7 @@ def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, samp
     """Latents that NVlabs' stack would give, from diffusers' modules with its habits substituted.
 
     The prompt keeps its case and loses its flags, both halves attend with the prompt's mask, the
-    linear attention's eps is 1e-8 and times are truncated (numerics.md 1.5, 4.5, 6).
+    linear attention's eps is 1e-8 and times are truncated (docs/numerics.md 1.5, 4.5, 6).
     """
     import copy
 

@@ -2,7 +2,7 @@
 
 The tokenizer: same class, same special ids (pad 0, eos 1, bos 2, unk 3), spaces as "▁", bytes for
 what the vocabulary lacks, left padding as stored.  Words are learned with the space before them, so
-that a trailing space merges with whatever word is appended: the trap of numerics.md section 6.
+that a trailing space merges with whatever word is appended: the trap of docs/numerics.md section 6.
 """
 
 import functools

@@ -74,7 +74,7 @@ def _res_block(torch, flax):
 
 def _efficient_vit_block(torch, flax, scales):
     # to_q, to_k and to_v are thirds of one convolution's output, not queries, keys and values:
-    # heads are cut from the fused output (numerics.md 1.9), so it stays fused and in this order.
+    # heads are cut from the fused output (docs/numerics.md 1.9), so it stays fused and in this order.
     attention, ffn = f"{torch}.attn", f"{torch}.conv_out"
     rows = [
         Rule(f"{attention}.to_{x}.weight", f"{flax}/attention/qkv/kernel", third(i, 3, LINEAR))

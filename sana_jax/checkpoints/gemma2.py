@@ -1,4 +1,4 @@
-"""Gemma 2: names and config of transformers' Gemma2Model <-> ours (numerics.md 2.4, 3.4)."""
+"""Gemma 2: names and config of transformers' Gemma2Model <-> ours (docs/numerics.md 2.4, 3.4)."""
 
 import dataclasses
 

@@ -3,7 +3,7 @@
 A layout is a *view*.  It maps a leaf of ours to the strided view of that same memory which has the
 elements of the torch tensor in the torch order.  Reading a checkpoint is `view(leaf)[...] = tensor`,
 writing one is `tensor = view(leaf)`; there is no second, inverse table that could disagree, and a
-tensor goes from the file to its final place in one copy (house.md 5.4).
+tensor goes from the file to its final place in one copy.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Sana: names and config of diffusers' SanaTransformer2DModel <-> ours (numerics.md 2.1, 3.1)."""
+"""Sana: names and config of diffusers' SanaTransformer2DModel <-> ours (docs/numerics.md 2.1, 3.1)."""
 
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints.rules import DEPTHWISE, LINEAR, POINTWISE, Rule, dense
@@ -154,7 +154,8 @@ def infer_fields(header, overrides=()):
         "depth": rules.layer_count(f"{BLOCK}.scale_shift_table", header),
         "heads": width // 32,  # 32 channels in every published model
         "cross_heads": CROSS_HEADS.get(width),
-        "ffn_ratio": hidden / width,
+        # The half keeps int(ratio * width) == hidden where hidden / width is not a short fraction.
+        "ffn_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
         "latent_channels": channels,
         "caption_width": caption_width,
         "qk_norm": "transformer_blocks.0.attn1.norm_q.weight" in header,

@@ -118,7 +118,7 @@ class MultiScaleAttention(nn.Module):
     For each scale, a depthwise convolution of that size and a grouped 1 x 1 convolution make
     further queries, keys and values from the first; they become further heads.  A head is a run of
     3 * c channels, its query, key and value side by side, of all channels together: heads are cut
-    after the concatenation, so `qkv` is not three thirds (numerics.md 1.9).
+    after the concatenation, so `qkv` is not three thirds (docs/numerics.md 1.9).
     """
 
     scales: tuple = (5,)

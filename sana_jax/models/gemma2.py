@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sana_jax import ops
+from sana_jax.models.layers import rms_norm
 
 HIDDEN_LOGIT = -1e30  # finite: a query that sees nothing averages everything, as the peers' does
 
@@ -86,9 +87,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return rms_norm(x, 1.0 + scale.astype(jnp.float32), self.eps)
 
 
 class Block(nn.Module):

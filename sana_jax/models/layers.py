@@ -1,7 +1,7 @@
 """Small layers that several models share.
 
 Parameters live in `param_dtype`, activations in `dtype`; normalisation runs in float32 and rounds
-once, where it hands over (house.md section 4, rule 8).
+once, where it hands over.
 """
 
 import functools
@@ -20,11 +20,11 @@ def layer_norm(x, eps=1e-6):
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def rms_norm(x, scale, eps, axes=(-1,)):
-    """x / sqrt(mean(x^2 over `axes`) + eps) * scale.  float32 inside, the dtype of x outside."""
+def rms_norm(x, scale, eps, axes=(-1,), bias=0.0):
+    """x / sqrt(mean(x^2 over `axes`) + eps) * scale + bias: float32 inside, rounded once to x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * scale.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Dense(nn.Dense):
@@ -51,13 +51,10 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        x32 = x32 * scale.astype(jnp.float32)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-            x32 = x32 + bias.astype(jnp.float32)
-        return x32.astype(x.dtype)
+        if not self.use_bias:
+            return rms_norm(x, scale, self.eps)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return rms_norm(x, scale, self.eps, bias=bias.astype(jnp.float32))
 
 
 def torch_conv_init(fan_in):
@@ -88,7 +85,7 @@ class GLUMBConv(nn.Module):
     """Mix-FFN: 1x1 expansion to 2h, SiLU, depthwise 3x3, value * SiLU(gate), 1x1 projection.
 
     SiLU acts twice: on all 2h channels before the convolution, and on the gate after it
-    (numerics.md 1.5).  The projection has no bias.  [b h w d] -> [b h w d].
+    (docs/numerics.md 1.5).  The projection has no bias.  [b h w d] -> [b h w d].
     """
 
     hidden: int

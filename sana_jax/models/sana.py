@@ -1,7 +1,7 @@
 """Sana: a linear diffusion transformer (https://arxiv.org/abs/2410.10629).
 
 Shapes: b batch, h w latent grid, n = h * w tokens, d width, m caption tokens, k heads, c channels
-of a head, l layers.  Every equation is in numerics.md section 1.
+of a head, l layers.  Every equation is in docs/numerics.md section 1.
 
 Of the network's four inputs only the latent changes between steps of one picture.  So the module is
 cut where that matters: `embed_text` makes the keys and values of all layers, `embed_time` the
@@ -17,6 +17,7 @@ import numpy as np
 from flax import struct
 
 from sana_jax import ops
+from sana_jax.errors import InputError
 from sana_jax.models.layers import Dense, GLUMBConv, RMSNorm, layer_norm, rms_norm
 
 FLOAT16_MAX = 65504.0
@@ -25,6 +26,13 @@ NORM_EPS = 1e-5  # every learned RMSNorm of the network, except cross-attention 
 
 xavier = nn.initializers.xavier_uniform()
 small = nn.initializers.normal(0.02)
+
+
+def dense_of(module, kernel_init=xavier):
+    """Dense with the dtypes of `module` and one of the two published initialisations."""
+    return functools.partial(
+        Dense, kernel_init=kernel_init, dtype=module.dtype, param_dtype=module.param_dtype
+    )
 
 
 @struct.dataclass
@@ -59,7 +67,7 @@ def add32(a, b):
 
 
 def sinusoid(t, size=256, base=10_000.0):
-    """[...] -> [... size], cosines first (numerics.md 1.3), float32.
+    """[...] -> [... size], cosines first (docs/numerics.md 1.3), float32.
 
     t * f reaches 999 rad, where one ulp of f is 6e-5 of phase.  Rounding the exponent as float32
     arithmetic does and taking the exponential in float64 lands nearest to torch's own table.
@@ -72,7 +80,7 @@ def sinusoid(t, size=256, base=10_000.0):
 
 
 def position_embedding(height, width, size, scale, channels):
-    """Fixed 2-D sin-cos embedding of the 2K and 4K models, [h w d] float32 (numerics.md 1.2).
+    """Fixed 2-D sin-cos embedding of the 2K and 4K models, [h w d] float32 (docs/numerics.md 1.2).
 
     The column fills the first half of the channels.  Coordinates are divided by height / size and
     width / size: a grid of any shape spans [0, size / scale) in both directions.
@@ -100,9 +108,7 @@ class TimeEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t, guidance):
-        dense = functools.partial(
-            Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
-        )
+        dense = dense_of(self, small)
 
         def embed(x, name, last_init=small):
             x = dense(self.width, name=f"{name}_1")(sinusoid(x).astype(self.dtype))
@@ -126,9 +132,7 @@ class CaptionEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, states):
-        dense = functools.partial(
-            Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=small
-        )
+        dense = dense_of(self, small)
         x = nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True)
         x = dense(self.width, name="mlp_2")(x)
         return RMSNorm(
@@ -148,10 +152,7 @@ class KeyValue(nn.Module):
     @nn.compact
     def __call__(self, text):
         b, m, d = text.shape
-        kv = Dense(
-            2 * d, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="kv"
-        )(text)
-        kv = kv.reshape(b, m, self.heads, -1)
+        kv = dense_of(self)(2 * d, name="kv")(text).reshape(b, m, self.heads, -1)
         if self.qk_norm:
             key, value = jnp.split(kv, 2, axis=-1)
             key = HeadNorm(self.norm_eps, self.param_dtype, name="key_norm")(key)
@@ -185,9 +186,7 @@ class LinearAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, h, w, d = x.shape
-        dense = functools.partial(
-            Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        dense = dense_of(self)
         qkv = dense(3 * d, use_bias=False, name="qkv")(x).reshape(b, h * w, self.heads, -1)
         if self.qk_norm:
             q, k, v = jnp.split(qkv, 3, axis=-1)
@@ -213,9 +212,7 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x, kv, bias):
         b, h, w, d = x.shape
-        dense = functools.partial(
-            Dense, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        dense = dense_of(self)
         q = dense(d, name="query")(x).reshape(b, h * w, self.heads, -1)
         if self.qk_norm:
             q = HeadNorm(self.norm_eps, self.param_dtype, name="query_norm")(q)
@@ -271,9 +268,7 @@ class Head(nn.Module):
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (2, d), self.param_dtype)
         rows = add32(table, embedding[:, None])[:, :, None, None]
         x = modulate(x, rows[:, 0], rows[:, 1])
-        return Dense(
-            self.channels, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype, name="out"
-        )(x)
+        return dense_of(self)(self.channels, name="out")(x)
 
 
 class Sana(nn.Module):
@@ -311,10 +306,11 @@ class Sana(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        for field in ("heads", "cross_heads"):
+            if self.width % getattr(self, field):
+                raise InputError(f"{field}={getattr(self, field)}: must divide width={self.width}")
         types = (self.dtype, self.param_dtype)
-        self.patch_embed = Dense(
-            self.width, kernel_init=xavier, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        self.patch_embed = dense_of(self)(self.width)
         self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
         self.caption_embed = CaptionEmbed(self.width, *types)
         self.key_value = nn.vmap(
@@ -383,7 +379,7 @@ class Sana(nn.Module):
         return self.head(x, time.embedding)
 
 
-# Published sizes (numerics.md 1.1, 3.1).
+# Published sizes (docs/numerics.md 1.1, 3.1).
 SANA_600M = Sana(width=1152, depth=28, heads=36, cross_heads=16)
 SANA_1600M = Sana()
 SANA_1600M_2K = SANA_1600M.clone(sample_size=64, position_scale=1.0)

@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 
 
 def times(steps, shift):
-    """sigma [steps + 1] from nearly 1 to 0, float64 (numerics.md 4.2).
+    """sigma [steps + 1] from nearly 1 to 0, float64 (docs/numerics.md 4.2).
 
     The grid starts at u = 0.999, not 1, and is then shifted: s u / (1 + (s - 1) u).
     """
@@ -60,7 +60,7 @@ def schedule(steps, shift, order=2):
             c[k, 0] = h / (2 * h0)
             continue
         # Third order, divided by B = -alpha phi_1; D_1 and D_2 are spelled out in the differences
-        # m_k - m_{k-1} and m_{k-1} - m_{k-2} (numerics.md 4.3).
+        # m_k - m_{k-1} and m_{k-1} - m_{k-2} (docs/numerics.md 4.3).
         h1 = lam[k - 1] - lam[k - 2]
         r0, r1 = h0 / h, h1 / h
         phi1 = np.expm1(-h)
@@ -78,7 +78,7 @@ def flow_dpm_solver(velocity, x, schedule, times=None):
 
     Args:
       velocity: velocity(x, t) -> v, like x.  The only thing known of the model.
-      x: the noise, float32; kept in float32 (a bfloat16 state drifts by 0.1, numerics.md 4.5).
+      x: the noise, float32; kept in float32 (a bfloat16 state drifts by 0.1, docs/numerics.md 4.5).
       schedule: from `schedule`.
       times: what `velocity` receives as t, a pytree with leading axis steps; `schedule.t` if None.
         A caller that has prepared something for each time (embeddings, say) passes it here.

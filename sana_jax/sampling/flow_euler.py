@@ -16,7 +16,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(steps, shift):
-    """The grid of diffusers' FlowMatchEulerDiscreteScheduler, which shifts twice (numerics.md 4.5).
+    """The grid of diffusers' FlowMatchEulerDiscreteScheduler, which shifts twice (docs/numerics.md 4.5).
 
     The ends of its training grid are shifted once, the steps between them again, and 0 is appended.
     """

@@ -6,12 +6,10 @@ after all steps (measured: about 1e-5, see docs/parity.md).  Everything goes thr
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 import sana_jax
-from sana_jax import programs
 from tests.peers import rms
 from tests.toy_pipeline import Rectangle, nvlabs_oracle, torch_latents
 
@@ -172,7 +170,7 @@ def test_nvlabs_stack(toy_folder, theirs, sampler):
         PROMPTS, negative_prompts="Blue sky", latents=latents, steps=8, sampler=sampler, output="latent", **SIZE
     )
     reference = nvlabs_oracle(theirs, instruction.text, PROMPTS, "Blue sky", latents, 8, sampler)
-    assert distance(image, reference) <= 2e-4
+    assert distance(image, reference) <= BOUND
     changes = [{"negative_uses_prompt_mask": False}, {"lower_case": True}, {"strip_flags": False}]
     changes += [{"chi_double_quotes": False}] + [{"integer_time": False}] * (sampler == "flow-euler")
     for change in changes:  # each habit by itself is seen
@@ -194,7 +192,7 @@ def test_encode_and_decode(ours, theirs):
     assert distance(np.asarray(ours.encode(images)), np.moveaxis(latents.detach().numpy(), 1, -1)) <= 5e-5
     back = theirs.vae.decode(latents / scale).sample.detach().numpy()
     decoded = ours.decode(np.moveaxis(latents.detach().numpy(), 1, -1))
-    assert distance(np.asarray(decoded), np.moveaxis(back, 1, -1)) <= 5e-5
+    assert distance(np.asarray(decoded), np.clip(np.moveaxis(back, 1, -1), -1, 1)) <= 2e-5
 
 
 @pytest.mark.parity
@@ -208,13 +206,34 @@ def test_encode_prompt(ours, theirs):
 
 
 @pytest.mark.parity
-def test_denoise_and_decode_are_generate(ours):
-    latents = RECTANGLE.noise(1)
-    image = ours.generate("a cat", latents=latents, steps=4, output="latent", **SIZE)
-    states, mask = ours.encode_prompt("a cat")
-    negative = ours.encode_prompt("", chi="none")
-    parts = ours.denoise(states, mask, *negative, latents, steps=4)
-    assert distance(np.asarray(parts), image) <= 2e-5  # 300 tokens here, a bucket of 64 there
+@pytest.mark.parametrize("stack", ["diffusers", "nvlabs"])
+def test_denoise_is_generate(ours, stack):
+    """One negative for two prompts, 300 tokens here and a bucket of 64 there."""
+    pipeline, latents = sana_jax.Pipeline(ours.sana, ours.dc_ae, ours.text, stack), RECTANGLE.noise(2)
+    image = pipeline.generate(PROMPTS, latents=latents, steps=4, output="latent", **SIZE)
+    states, mask = pipeline.encode_prompt(PROMPTS)
+    nothing = pipeline.encode_prompt("", chi="none")
+    parts = pipeline.denoise(states, mask, *nothing, latents, steps=4)
+    assert distance(np.asarray(parts), image) <= 2e-5
+    image = pipeline.generate(PROMPTS, latents=latents, steps=4, output="latent", guidance_scale=1, **SIZE)
+    assert distance(np.asarray(pipeline.denoise(states, mask, latents=latents, steps=4)), image) <= 2e-5
+
+
+@pytest.mark.parity
+def test_other_words_are_announced(ours, monkeypatch):
+    monkeypatch.setattr(sana_jax.pipeline.text.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="own words .*pictures differ"):
+        assert ours.instruction().text == sana_jax.pipeline.text.OWN_WORDS
+
+
+@pytest.mark.parity
+def test_flow_shift_comes_from_stack_then_checkpoint_then_publication(ours):
+    parts, five = (ours.sana, ours.dc_ae), dataclasses.replace(sana_jax.DIFFUSERS, flow_shift=5.0)
+    assert sana_jax.Pipeline(*parts, stack=five, flow_shift=4.0).flow_shift == 5.0
+    assert sana_jax.Pipeline(*parts, flow_shift=4.0).flow_shift == 4.0
+    assert sana_jax.Pipeline(*parts).flow_shift == 3.0
+    module, params = ours.sana
+    assert sana_jax.Pipeline((module.clone(sample_size=128), params), ours.dc_ae).flow_shift == 6.0
 
 
 @pytest.mark.parity
@@ -225,17 +244,6 @@ def test_given_instruction_precedes_the_prompt_directly(ours):
     given = ours.generate("a cat", chi=ours.instruction().text, **arguments)
     np.testing.assert_array_equal(automatic, given)
     assert distance(automatic, ours.generate("a cat", chi="Paint this: ", **arguments)) > 1e-2
-
-
-@pytest.mark.parity
-def test_the_batch_does_not_change_the_picture(ours):
-    arguments = dict(steps=2, seed=7, output="latent", **SIZE)
-    four = ours.generate("a cat", num_images=4, **arguments)
-    for i in (0, 3):
-        one = ours.generate("a cat", first_image=i, **arguments)
-        assert distance(one, four[i : i + 1]) <= 1e-5
-    assert distance(four[:1], four[1:2]) > 0.1
-    assert distance(four, ours.generate("a cat", num_images=4, **(arguments | {"seed": 8}))) > 0.1
 
 
 @pytest.mark.parity
@@ -256,129 +264,6 @@ def test_outputs(ours):
     assert whole.dtype == np.uint8 and unit.dtype == np.float32
     assert 0 <= unit.min() and unit.max() <= 1
     np.testing.assert_array_equal(whole, np.round(unit * 255).astype(np.uint8))
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("ignore:.*too long:UserWarning")
-def test_prompts_add_no_programs(ours):
-    """Three buckets of text length, with and without guidance: six programs, whatever is asked."""
-    words = "cat dog street house forest".split()
-
-    def ask(i, guidance):
-        prompt = " ".join(words[(i + j) % 5] for j in range(1 + (i * 37) % 250))
-        ours.generate(prompt, steps=2, guidance_scale=guidance, seed=i, height=32, width=32, bin_resolution=False)
-
-    for guidance in (1.0, 4.5):
-        for i in (0, 2, 6):  # 1, 75 and 223 words: one for each bucket
-            ask(i, guidance)
-    counts = programs.paint_program._cache_size(), programs.text_program._cache_size()
-    for i in range(50):
-        ask(i, 1.0 if i % 2 else 3.0 + i / 10)
-    assert (programs.paint_program._cache_size(), programs.text_program._cache_size()) == counts
-
-
-def loops(jaxpr):
-    """All scans of a jaxpr, outermost first: (length, body)."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation.params["length"], equation.params["jaxpr"].jaxpr
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from loops(inner)
-
-
-def products(jaxpr):
-    """Shapes of the right-hand factors of all matrix products, loops included."""
-    shapes = [e.invars[1].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    shapes += products(inner)
-    return shapes
-
-
-def test_text_and_time_are_outside_the_loop():
-    module = sana_jax.Sana(width=64, depth=3, heads=2, cross_heads=4, caption_width=48)
-    params = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
-    states, mask = np.zeros((1, 12, 48), "f"), np.ones((1, 12), bool)
-    schedule = programs.SAMPLERS["flow-dpm-solver"][0](20, 3.0)
-    jaxpr = jax.make_jaxpr(
-        lambda p, x: programs.denoise(
-            module, p, (states, mask, states, mask), x, schedule, 4.5, (0, 1),
-            sampler="flow-dpm-solver", guided=True, limited=False,
-        )
-    )(params, RECTANGLE.noise(1)).jaxpr  # fmt: skip
-    (steps,) = [body for length, body in loops(jaxpr) if length == 20]
-    width, caption = module.width, module.caption_width
-    kv, modulation = (module.depth, width, 2 * width), (width, 6 * width)
-    inside, everywhere = products(steps), products(jaxpr)
-    for shape in (kv, modulation, (caption, width), (256, width)):
-        assert shape in everywhere and shape not in inside, shape
-    assert (width, 3 * width) in inside  # the control: what must be there is seen there
-
-
-@pytest.mark.parity
-def test_overflow_names_the_first_bad_block(ours):
-    """Finite weights, infinite activations: an error with the place, never a black picture."""
-    module, params = ours.sana
-    kernel = params["blocks"]["mix_ffn"]["project"]["kernel"].at[1].set(3e38)
-    huge = params | {"blocks": params["blocks"] | {"mix_ffn": params["blocks"]["mix_ffn"] | {"project": {"kernel": kernel}}}}
-    broken = sana_jax.Pipeline((module, huge), ours.dc_ae, ours.text)
-    with pytest.raises(sana_jax.NonFiniteError, match="step 0, blocks/1 is not finite in float32"):
-        broken.generate("a cat", steps=2, **SIZE)
-    module, params = ours.dc_ae
-    stage = params["decoder"]["stage_2"]
-    kernel = stage["block_0"]["conv_2"]["kernel"] * np.inf
-    bad = params["decoder"] | {"stage_2": stage | {"block_0": stage["block_0"] | {"conv_2": {"kernel": kernel}}}}
-    broken = sana_jax.Pipeline(ours.sana, (module, params | {"decoder": bad}), ours.text)
-    with pytest.raises(sana_jax.NonFiniteError, match="decoder/stage_2/block_0/conv_2"):
-        broken.generate("a cat", steps=2, **SIZE)
-
-
-BAD = {
-    "prompts": dict(prompts=[]),
-    r"prompts\[1\]": dict(prompts=["a", 3]),
-    "negative_prompts: 2 entries for 1": dict(negative_prompts=["a", "b"]),
-    "steps=0": dict(steps=0),
-    "steps=2.5": dict(steps=2.5),
-    "guidance_scale=nan": dict(guidance_scale=float("nan")),
-    "num_images=0": dict(num_images=0),
-    "seed=-1": dict(seed=-1),
-    "sampler='dpm'": dict(sampler="dpm"),
-    "flow_shift=0": dict(flow_shift=0),
-    "height=0": dict(height=0),
-    "width=-32": dict(width=-32),
-    "height=100000.*nearest valid 8192": dict(height=100_000),
-    "width=100.*multiple of 32.*nearest valid 96": dict(width=100, bin_resolution=False),
-    "output='png'": dict(output="png"),
-    "max_sequence_length=1": dict(max_sequence_length=1),
-    r"latents: shape \(1, 1, 1, 32\), must be": dict(latents=np.ones((1, 1, 1, 32))),
-    "latents: must be finite": dict(latents=np.full((1, 16, 16, 32), np.nan)),
-    r"guidance_interval\[1\]": dict(guidance_interval=(0.5, 0.2)),
-    "chi='Auto'": dict(chi="Auto"),
-}
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments(ours, message):
-    with pytest.raises(sana_jax.InputError, match=message) as error:
-        ours.generate(**({"prompts": "a cat"} | BAD[message]))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parity
-def test_parts_must_belong_together(ours):
-    module, params = ours.sana
-    with pytest.raises(sana_jax.InputError, match="caption_width=8 .* belong together"):
-        sana_jax.Pipeline((module.clone(caption_width=8), params), ours.dc_ae, ours.text)
-    with pytest.raises(sana_jax.InputError, match="text=None"):
-        sana_jax.Pipeline(ours.sana, ours.dc_ae).generate("a cat")
-    with pytest.raises(sana_jax.InputError, match="stack='nvlab'.*did you mean 'nvlabs'"):
-        sana_jax.Pipeline(ours.sana, ours.dc_ae, stack="nvlab")
 
 
 @pytest.mark.parity

@@ -1,4 +1,4 @@
-"""Prompts to tokens: the traps of numerics.md section 6, one by one and against diffusers."""
+"""Prompts to tokens: the traps of docs/numerics.md section 6, one by one and against diffusers."""
 
 import functools
 import hashlib

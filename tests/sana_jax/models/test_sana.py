@@ -2,7 +2,7 @@
 
 Bound: 2e-5 for outputs of rms 1 to 2.  That is about 100 float32 ulps of the largest values, what
 three blocks of sums over 160 channels in another order leave; the rest of the budget is the phase of
-the time embedding, 999 rad * 6e-8.  Each trap of numerics.md section 8 has a control that breaks it.
+the time embedding, 999 rad * 6e-8.  Each trap of docs/numerics.md section 8 has a control that breaks it.
 """
 
 import functools
@@ -20,17 +20,9 @@ from sana_jax.models import sana as models
 from sana_jax.models.sana import Sana
 from sana_jax.stacks import NVLABS
 from tests import peers
-from tests.toy_pipeline import make_transformer
+from tests.toy_pipeline import VARIANTS, make_transformer, run_transformer, transformer_case
 
 BOUND = 2e-5
-VARIANTS = {
-    "1.0": {},
-    "1.5": dict(qk_norm="rms_norm_across_heads"),
-    "4K": dict(interpolation_scale=2.0, sample_size=8),
-    "sprint": dict(qk_norm="rms_norm_across_heads", guidance_embeds=True),
-}
-
-
 def table(module):
     return names.diffusers_rules(module.heads, module.cross_heads, module.qk_norm, module.guidance_embed)
 
@@ -50,30 +42,6 @@ def peer(variant):
     return make_transformer(**VARIANTS[variant])
 
 
-def inputs(height=7, width=5, batch=2, tokens=9, seed=0):
-    """Odd, non-square, with one padded caption, one integer and one fractional time."""
-    rng = np.random.default_rng(seed)
-    mask = np.ones((batch, tokens), bool)
-    mask[-1, 3:] = False
-    return dict(
-        x=rng.normal(size=(batch, height, width, 32)).astype("f"),
-        t=np.resize(np.float32([999, 136.25, 499]), batch),
-        states=rng.normal(size=(batch, tokens, 64)).astype("f"),
-        mask=mask,
-    )
-
-
-def run_torch(module, x, t, states, mask, guidance=None):
-    import torch
-
-    tensors = (torch.tensor(a) for a in (np.moveaxis(x, -1, 1), states, t, mask.astype("int64")))
-    x, states, t, mask = tensors
-    extra = {} if guidance is None else {"guidance": torch.tensor(guidance)}
-    dtype = next(module.parameters()).dtype
-    out = module(x.to(dtype), states.to(dtype), t, encoder_attention_mask=mask, **extra).sample
-    return np.moveaxis(out.float().numpy(), 1, -1)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def apply(module, params, *inputs):
     return module.apply({"params": params}, *inputs).astype(jnp.float32)
@@ -90,9 +58,8 @@ def distance(a, b):
 @pytest.mark.parity
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parity(variant):
-    extra = {"guidance": np.float32([0.45, 0.2])} if variant == "sprint" else {}
-    torch_module, case = peer(variant), inputs() | extra
-    reference = run_torch(torch_module, **case)
+    torch_module, case = peer(variant), transformer_case(guidance=variant == "sprint")
+    reference = run_transformer(torch_module, **case)
     assert 1 <= peers.rms(reference) <= 4
     assert distance(run(*convert(torch_module), **case), reference) <= BOUND
 
@@ -100,21 +67,21 @@ def test_parity(variant):
 @pytest.mark.parity
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (3, 11)])
 def test_parity_on_other_grids(shape):
-    case = inputs(*shape, batch=3)
-    assert distance(run(*convert(peer("4K")), **case), run_torch(peer("4K"), **case)) <= BOUND
+    case = transformer_case(*shape, batch=3)
+    assert distance(run(*convert(peer("4K")), **case), run_transformer(peer("4K"), **case)) <= BOUND
 
 
 @pytest.mark.parity
 def test_reference_depends_on_everything():
     """A reference that ignored its text, time or mask would prove nothing."""
-    case = inputs()
-    reference = run_torch(peer("1.0"), **case)
+    case = transformer_case()
+    reference = run_transformer(peer("1.0"), **case)
     for change in (
         {"states": np.zeros_like(case["states"])},
         {"t": np.float32([10, 10])},
         {"mask": np.ones_like(case["mask"])},
     ):
-        changed = run_torch(peer("1.0"), **(case | change))
+        changed = run_transformer(peer("1.0"), **(case | change))
         assert peers.rms(changed[-1] - reference[-1]) >= 0.05 * peers.rms(reference[-1]), change.keys()
 
 
@@ -146,7 +113,7 @@ def test_block_parity():
 @pytest.mark.parity
 def test_batch_rows_are_independent():
     module, params = convert(peer("1.0"))
-    case = inputs(batch=3)
+    case = transformer_case(batch=3)
     alone = [run(module, params, **{k: v[i : i + 1] for k, v in case.items()}) for i in range(3)]
     assert distance(np.concatenate(alone), run(module, params, **case)) <= 1e-5
 
@@ -155,8 +122,8 @@ def test_batch_rows_are_independent():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hoisted_form_is_the_plain_form(variant):
     module, params = convert(peer(variant))
-    case = inputs()
-    guidance = np.float32([0.45, 0.2]) if variant == "sprint" else None
+    case = transformer_case(guidance=variant == "sprint")
+    guidance = case.pop("guidance", None)
     call = functools.partial(module.apply, {"params": params})
     text = call(case["states"], case["mask"], method="embed_text")
     time = call(case["t"], guidance, method="embed_time")
@@ -183,11 +150,11 @@ def test_nvlabs_stack_against_the_substituted_oracle():
         block.attn2.to_q.weight.mul_(1e-3)  # small queries: the norm's eps shows
         block.attn2.to_q.bias.zero_()
     diffusers_module, params = convert(oracle)
-    case = inputs()
+    case = transformer_case()
     unsubstituted = run(diffusers_module, params, **case)
 
     class Attention:
-        """numerics.md 1.5 with eps as an argument; q, k, v arrive as diffusers makes them."""
+        """docs/numerics.md 1.5 with eps as an argument; q, k, v arrive as diffusers makes them."""
 
         def __call__(self, attn, hidden_states, **_):
             b, n, d = hidden_states.shape
@@ -201,7 +168,7 @@ def test_nvlabs_stack_against_the_substituted_oracle():
 
     for block in oracle.transformer_blocks:
         block.attn1.set_processor(Attention())
-    reference = run_torch(oracle, **(case | {"t": np.trunc(case["t"])}))
+    reference = run_transformer(oracle, **(case | {"t": np.trunc(case["t"])}))
     module = diffusers_module.clone(**NVLABS.sana_fields())
     assert distance(run(module, params, **case), reference) <= BOUND
     # Controls: each constant by itself is seen.
@@ -220,8 +187,8 @@ def swap_columns(kernel, parts, heads):
 def test_controls_break_parity(monkeypatch):
     """Everything that is easy to get wrong, done wrong on purpose, exceeds the bound."""
     module, params = convert(peer("4K"))
-    case = inputs()
-    reference = run_torch(peer("4K"), **case)
+    case = transformer_case()
+    reference = run_transformer(peer("4K"), **case)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
     def with_leaf(path, change):
@@ -288,10 +255,10 @@ def test_bfloat16_error_is_not_worse_than_torchs():
     module, params = convert(torch_module, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     ours, theirs = [], []
     for seed in range(6):
-        case = inputs(8, 8, seed=seed)
-        reference = run_torch(torch_module, **case)
+        case = transformer_case(8, 8, seed=seed)
+        reference = run_transformer(torch_module, **case)
         ours.append(peers.rms(run(module, params, **case) - reference))
-        theirs.append(peers.rms(run_torch(low, **case) - reference))
+        theirs.append(peers.rms(run_transformer(low, **case) - reference))
     assert np.mean(ours) <= 1.2 * np.mean(theirs)
 
 
@@ -308,7 +275,7 @@ def test_float16_output_is_clamped_and_float32_is_not():
     assert half.dtype == jnp.float16 and np.isfinite(half).all() and half.max() == 65504
 
 
-SIZES = {  # numerics.md 1.1: parameters, tensors in diffusers' format
+SIZES = {  # docs/numerics.md 1.1: parameters, tensors in diffusers' format
     "SANA_600M": (591_747_872, 548),
     "SANA_1600M": (1_604_462_752, 396),
     "SANA_1600M_2K": (1_604_462_752, 396),

@@ -17,7 +17,7 @@ def velocity(x, t, xp=jnp):
 
 
 def closed_form(steps, shift, order):
-    """The multistep update written out from numerics.md 4.3 in float64, infinities and all."""
+    """The multistep update written out from docs/numerics.md 4.3 in float64, infinities and all."""
     sigma = dpm.times(steps, shift)
     with np.errstate(divide="ignore"):
         lam = np.log1p(-sigma) - np.log(sigma)
@@ -81,7 +81,7 @@ def test_agrees_with_diffusers(order, shift):
         assert np.abs(ours - x.numpy()).max() <= 1e-5, steps
 
 
-TIMES = {  # numerics.md 4.4
+TIMES = {  # docs/numerics.md 4.4
     (14, 3.0): "999 974 947 916 881 843 799 749 691 624 545 449 333 187",
     (20, 3.0): "999 982 963 944 922 899 874 847 817 785 749 710 666 617 562 499 428 345 249 136",
     (20, 6.0): "999 991 981 971 959 947 933 917 899 879 856 830 799 763 719 666 599 513 399 239",
@@ -95,7 +95,7 @@ def test_published_times(steps, shift):
 
 def test_worked_table():
     schedule = dpm.schedule(20, 3.0)
-    rows = {  # k: sigma, A, B, c, from numerics.md 4.4
+    rows = {  # k: sigma, A, B, c, from docs/numerics.md 4.4
         0: (0.999666444, 0.982747317, 0.017252683, 0),
         1: (0.982419516, 0.981190916, 0.018809084, 0.092582474),
         10: (0.749624812, 0.947343478, 0.052656522, 0.500100581),
