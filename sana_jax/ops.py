@@ -102,12 +102,13 @@ def cross_attention(q, kv, bias):
     Args:
       q: [b, n, k, c].
       kv: [b, m, k, 2 * c], for each head its key and value side by side.
-      bias: [b, m] float32, added to the logits; -10000 hides a token and, unlike -inf, leaves a row whose
+      bias: [b, m], added to the logits; -10000 hides a token and, unlike -inf, leaves a row whose
         tokens are all hidden finite (docs/numerics.md 1.5).
     Returns:
       [b, n, k, c].
     """
     k, v = jnp.split(kv, 2, axis=-1)
     logits = einsum32("bnkc,bmkc->bknm", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits + bias[:, None, None], axis=-1).astype(v.dtype)
+    logits = logits + bias[:, None, None].astype(jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bmkc->bnkc", weights, v)

@@ -361,7 +361,7 @@ class Sana(nn.Module):
     def embed_text(self, states, mask):
         """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time."""
         caption = self.caption_embed(states.astype(self.dtype))
-        bias = jnp.where(mask, 0.0, HIDDEN_TOKEN)
+        bias = jnp.where(mask, 0.0, HIDDEN_TOKEN).astype(self.dtype)
         return Text(self.key_value(caption), bias)
 
     def embed_time(self, t, guidance=None):
