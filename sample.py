@@ -15,6 +15,8 @@ import warnings
 
 # A shared card stays usable, and jax must not look for one twice: set before jax is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Only its tokenizer is used; that PyTorch is absent is no news.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 NO_MODEL = (
     "model: none given and none is bundled yet; pass --model with a folder in diffusers layout or a "
@@ -136,8 +138,12 @@ def run(args):
 def main(argv=None):
     args = parse(argv)
 
+    shown = set()
+
     def one_line(message, *_, **__):
-        print(f"sample.py: warning: {message}", file=sys.stderr)
+        if str(message) not in shown:
+            print(f"sample.py: warning: {message}", file=sys.stderr)
+        shown.add(str(message))
 
     warnings.showwarning = one_line
     from sana_jax.errors import InputError, NonFiniteError

@@ -17,9 +17,9 @@ class NonFiniteError(ArithmeticError):
     """NaN or infinity in a result; the message names the first stage that produced it."""
 
 
-def nearest(value, allowed, count=1):
+def nearest(value, allowed):
     """A "did you mean" suffix, empty when nothing is close."""
-    close = difflib.get_close_matches(str(value), [str(a) for a in allowed], count)
+    close = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own helpers, on a CPU: a lease of an accelerator is a bad place for a typo."""
+"""The benchmarks' own helpers, on a CPU: time on a GPU is a bad place to find a typo."""
 
 import json
 
