@@ -92,14 +92,11 @@ def cast(params, dtype):
 def toy(path, folder):
     """float32 of every part, then save and load, then batches."""
     import torch
-    from diffusers import SanaPipeline
-
     import sana_jax
-    from tests.toy_pipeline import make_pipeline
+    from tests import toy_pipeline
 
-    make_pipeline().save_pretrained(folder)
-    theirs, ours = SanaPipeline.from_pretrained(folder), sana_jax.load_pipeline(folder)
-    theirs.set_progress_bar_config(disable=True)
+    toy_pipeline.make_pipeline().save_pretrained(folder)
+    theirs, ours = toy_pipeline.load_peer(folder), sana_jax.load_pipeline(folder)
     inputs = transformer_inputs(0, 16, 300, theirs.transformer.config.caption_channels)
 
     def transformer():

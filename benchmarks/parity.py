@@ -119,10 +119,7 @@ def solver_row(steps=20, shift=3.0):
 
 def pipeline_rows(folder):
     ours = sana_jax.load_pipeline(folder)
-    from diffusers import SanaPipeline
-
-    theirs = SanaPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = toy_pipeline.load_peer(folder)
     rectangle = toy_pipeline.Rectangle(256, 320)
     latents = rectangle.noise(2)
     size = dict(height=256, width=320)

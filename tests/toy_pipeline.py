@@ -107,6 +107,19 @@ def make_pipeline(sample_size=16, flow_shift=3.0):
     )  # fmt: skip
 
 
+def load_peer(folder):
+    """diffusers' pipeline from a folder, quiet, and with Gemma's soft-capped attention.
+
+    Some transformers load Gemma-2 with SDPA, which drops the cap: 3e-3 in these states.
+    """
+    from diffusers import SanaPipeline
+
+    pipeline = SanaPipeline.from_pretrained(folder)
+    pipeline.text_encoder.set_attn_implementation("eager")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @dataclasses.dataclass(frozen=True)
 class Rectangle:
     """A picture size in pixels and the noise that fits it."""

@@ -11,7 +11,7 @@ import pytest
 
 import sana_jax
 from tests.peers import rms
-from tests.toy_pipeline import Rectangle, nvlabs_oracle, torch_latents
+from tests.toy_pipeline import Rectangle, load_peer, nvlabs_oracle, torch_latents
 
 BOUND = 1e-4
 PROMPTS = ["A photo of a Red cat --ar 1:2", "the dog runs along the beach"]
@@ -26,11 +26,7 @@ def ours(toy_folder):
 
 @pytest.fixture(scope="module")
 def theirs(toy_folder):
-    from diffusers import SanaPipeline
-
-    pipeline = SanaPipeline.from_pretrained(toy_folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_peer(toy_folder)
 
 
 def paint(pipeline, prompts, latents, output="latent", **arguments):
