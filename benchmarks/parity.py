@@ -238,6 +238,10 @@ precision, on a CPU.
 |---|---|---|---|---|
 {float32}
 
+The DC-AE in published size has weights of gain 0.5, which give latents about as large as published ones
+(rms 1 / 0.41407 = 2.4). With gain 1 (rms 8.9) the latents differed by 1.2e-4 and missed the bound;
+docs/log.md compares both sides with float64 there.
+
 ## bfloat16
 
 rms error against the float32 result of the PyTorch module, mean over {seeds} inputs.
