@@ -43,8 +43,8 @@ def highest_precision():
 @pytest.fixture(scope="module")
 def peer():
     """The toy as diffusers builds it."""
-    pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     fields = {f.name: getattr(TOY, f.name) for f in dataclasses.fields(TOY)}
     module = diffusers.AutoencoderDC.from_config(names.to_config(fields))
     return randomise(module, seed=0)
@@ -234,8 +234,9 @@ def test_attention_and_mix_ffn_apart(peer, params, case):
 
 @pytest.mark.parity
 def test_attention_without_and_with_two_scales():
-    torch = pytest.importorskip("torch")
-    peer_attention = pytest.importorskip("diffusers.models.attention_processor")
+    import torch
+    from diffusers.models import attention_processor as peer_attention
+
     for scales in ((), (3, 5)):
         theirs = peer_attention.SanaMultiscaleLinearAttention(
             64, 64, attention_head_dim=32, norm_type="rms_norm", kernel_sizes=scales
