@@ -4,15 +4,9 @@
     x' = decode(z)
 
 No sampling and no KL term: the latent is a function of the image.  A stage is a run of blocks at
-one resolution.  Between stages stand the residual autoencoding layers, which learn only what is
-added to a shortcut without parameters:
-
-    down:  conv(x) + average(space_to_channel(x))
-    up:    conv(nearest(x)) + channel_to_space(duplicate(x))
-
-The inner stages use the blocks of EfficientViT (https://arxiv.org/abs/2205.14756, section 3.2):
-multi-scale linear attention and Mix-FFN.
-Shapes: b batch, h w grid, n = h * w tokens, d width, k heads, c channels of a head, s scales.
+one resolution; residual autoencoding layers lead from one to the next.  The blocks and these layers
+are in dc_ae_blocks.py; here they become the two halves, the whole, and the published variants.
+Shapes: b batch, H W image, h w grid, d width.
 """
 
 import functools
@@ -24,173 +18,8 @@ import jax.numpy as jnp
 
 from sana_jax import ops
 from sana_jax.errors import InputError
-from sana_jax.models.layers import DepthwiseConv, GLUMBConv, RMSNorm
-
-# Padding is explicit because XLA's "SAME" pads (0, 1) at stride 2.
-Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
-
-
-# --- Rearrangements without parameters.  Channels run (c, dy, dx) as in PyTorch, not (dy, dx, c).
-
-
-def space_to_channel(x):
-    """[b 2h 2w d] -> [b h w 4d]."""
-    b, h, w, d = x.shape
-    x = x.reshape(b, h // 2, 2, w // 2, 2, d).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(b, h // 2, w // 2, 4 * d)
-
-
-def channel_to_space(x):
-    """[b h w 4d] -> [b 2h 2w d]."""
-    b, h, w, d = x.shape
-    x = x.reshape(b, h, w, d // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(b, 2 * h, 2 * w, d // 4)
-
-
-def average(x, channels):
-    """[b h w g*channels] -> [b h w channels]: the mean over groups of g consecutive channels."""
-    b, h, w, d = x.shape
-    return x.reshape(b, h, w, channels, d // channels).mean(axis=-1)
-
-
-def duplicate(x, channels):
-    """[b h w d] -> [b h w channels]: each channel channels / d times in a row."""
-    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
-
-
-def nearest(x):
-    """[b h w d] -> [b 2h 2w d], each pixel four times."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
-def relu_quadratic_attention(qkv, eps):
-    """`ops.relu_linear_attention` through its n x n matrix: fewer products when n <= c.
-
-        out_n = sum_m a_nm v_m / (sum_m a_nm + eps),  a_nm = relu(q_n) . relu(k_m)
-
-    The same function, rounded elsewhere: here the weights are rounded to the dtype of qkv, before
-    and after they are normalised in float32.  [b n k 3*c] -> [b n k c].
-    """
-    q, k, v = jnp.split(qkv, 3, axis=-1)
-    weights = jnp.einsum("bnkc,bmkc->bknm", ops.relu(q), ops.relu(k)).astype(jnp.float32)
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + eps)
-    return jnp.einsum("bknm,bmkc->bnkc", weights.astype(v.dtype), v)
-
-
-# --- Blocks.  Each keeps its shape, [b h w d] -> [b h w d].
-
-
-class ResBlock(nn.Module):
-    """x + norm(conv(silu(conv(x)))), 3 x 3 both; the second has no bias."""
-
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        d = x.shape[-1]
-        y = nn.silu(Conv3x3(d, name="conv_1", **types)(x))
-        y = Conv3x3(d, use_bias=False, name="conv_2", **types)(y)
-        return x + RMSNorm(use_bias=True, param_dtype=self.param_dtype, name="norm")(y)
-
-
-class GroupedDense(nn.Module):
-    """A dense layer on each run of `size` channels; its kernel is [groups, in, out]."""
-
-    size: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        groups = x.shape[-1] // self.size
-        init = nn.initializers.lecun_normal(batch_axis=0)
-        kernel = self.param("kernel", init, (groups, self.size, self.size), self.param_dtype)
-        x = x.astype(self.dtype).reshape(*x.shape[:-1], groups, self.size)
-        x = jnp.einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
-        return x.reshape(*x.shape[:-2], groups * self.size)
-
-
-class MultiScaleAttention(nn.Module):
-    """ReLU linear attention over tokens and over their neighbourhoods, without norm and residual.
-
-    For each scale, a depthwise convolution of that size and a grouped 1 x 1 convolution make
-    further queries, keys and values from the first; they become further heads.  A head is a run of
-    3 * c channels, its query, key and value side by side, of all channels together: heads are cut
-    after the concatenation, so `qkv` is not three thirds (docs/numerics.md 1.9).
-    """
-
-    scales: tuple = (5,)
-    head_dim: int = 32
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        b, h, w, d = x.shape
-        inner = d // self.head_dim * self.head_dim
-        conv = functools.partial(DepthwiseConv, use_bias=False, param_dtype=self.param_dtype)
-        qkv = [nn.Dense(3 * inner, use_bias=False, name="qkv", **types)(x)]
-        for size in self.scales:
-            y = conv(size, name=f"scale_{size}")(qkv[0])
-            qkv.append(GroupedDense(self.head_dim, name=f"scale_{size}_mix", **types)(y))
-        qkv = jnp.concatenate(qkv, axis=-1)  # [b h w (1+s)*3d]
-        qkv = qkv.reshape(b, h * w, -1, 3 * self.head_dim)  # [b n (1+s)*k 3*c]
-        # The peers switch here too: it decides where bfloat16 rounds.
-        attend = ops.relu_linear_attention if h * w > self.head_dim else relu_quadratic_attention
-        out = attend(qkv, 1e-15).reshape(b, h, w, -1)  # [b h w (1+s)*d]
-        return nn.Dense(d, use_bias=False, name="project", **types)(out)
-
-
-class EfficientViTBlock(nn.Module):
-    """x + norm(attention(x)), then x + norm(mix_ffn(x)): context, then locality."""
-
-    scales: tuple = (5,)
-    head_dim: int = 32
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(RMSNorm, use_bias=True, param_dtype=self.param_dtype)
-        y = MultiScaleAttention(self.scales, self.head_dim, name="attention", **types)(x)
-        x = x + norm(name="attention_norm")(y)
-        y = GLUMBConv(4 * x.shape[-1], name="mix_ffn", **types)(x)
-        return x + norm(name="mix_ffn_norm")(y)
-
-
-class Down(nn.Module):
-    """[b 2h 2w d] -> [b h w width]."""
-
-    width: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = Conv3x3(self.width, strides=2, name="conv", **types)(x)
-        return y + average(space_to_channel(x), self.width)
-
-
-class Up(nn.Module):
-    """[b h w d] -> [b 2h 2w width]."""
-
-    width: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = Conv3x3(self.width, name="conv", **types)(nearest(x))
-        return y + channel_to_space(duplicate(x, 4 * self.width))
-
-
-# --- The two halves and the whole.
+from sana_jax.models.dc_ae_blocks import Conv3x3, Down, EfficientViTBlock, ResBlock, Up, average, duplicate
+from sana_jax.models.layers import RMSNorm
 
 
 class Stage(nn.Module):
@@ -205,10 +34,12 @@ class Stage(nn.Module):
         return x
 
 
-def named_blocks(depth, attention, head_dim, types):
+def named_blocks(depth, attention, head_dim, types, relu=False, batch_norm=False):
     """Parts of a Stage: ResBlocks if `attention` is None, else EfficientViTBlocks with it."""
-    block = functools.partial(ResBlock, **types)
-    if attention is not None:
+    if attention is None:
+        act = ops.relu if relu else nn.silu
+        block = functools.partial(ResBlock, act=act, batch_norm=batch_norm, **types)
+    else:
         block = functools.partial(EfficientViTBlock, scales=attention, head_dim=head_dim, **types)
     return tuple((f"block_{i}", block) for i in range(depth))
 
@@ -221,17 +52,23 @@ class Encoder(nn.Module):
     depths: tuple
     attention: tuple
     head_dim: int
+    rearrange: bool
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Conv3x3(self.widths[0], name="conv_in", **types)(x)
-        for i in range(len(self.widths)):
+        down = functools.partial(Down, rearrange=self.rearrange, **types)
+        first = 0 if self.depths[0] else 1
+        if first:  # stage 0 is empty: the first convolution goes down
+            x = down(self.widths[1], shortcut=False, name="conv_in")(x)
+        else:
+            x = Conv3x3(self.widths[0], name="conv_in", **types)(x)
+        for i in range(first, len(self.widths)):
             parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types)
             if i + 1 < len(self.widths):
-                parts = (*parts, ("down", functools.partial(Down, self.widths[i + 1], **types)))
+                parts = (*parts, ("down", functools.partial(down, self.widths[i + 1])))
             x = Stage(parts, name=f"stage_{i}")(x)
         y = Conv3x3(self.latent_channels, name="conv_out", **types)(x)
         return y + average(x, self.latent_channels)
@@ -246,20 +83,30 @@ class Decoder(nn.Module):
     depths: tuple
     attention: tuple
     head_dim: int
+    rearrange: bool
+    relu: tuple
+    batch_norm: tuple
+    silu_out: bool
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, z):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        up = functools.partial(Up, rearrange=self.rearrange, **types)
+        first = 0 if self.depths[0] else 1
         x = Conv3x3(self.widths[-1], name="conv_in", **types)(z) + duplicate(z, self.widths[-1])
-        for i in reversed(range(len(self.widths))):
-            parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types)
+        for i in reversed(range(first, len(self.widths))):
+            kinds = dict(relu=i in self.relu, batch_norm=i in self.batch_norm)
+            parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types, **kinds)
             if i + 1 < len(self.widths):
-                parts = (("up", functools.partial(Up, self.widths[i], **types)), *parts)
+                parts = (("up", functools.partial(up, self.widths[i])), *parts)
             x = Stage(parts, name=f"stage_{i}")(x)
         x = RMSNorm(use_bias=True, param_dtype=self.param_dtype, name="norm_out")(x)
-        return Conv3x3(self.out_channels, name="conv_out", **types)(ops.relu(x))
+        x = nn.silu(x) if self.silu_out else ops.relu(x)
+        if first:  # stage 0 is empty: the last convolution goes up
+            return up(self.out_channels, shortcut=False, name="conv_out")(x)
+        return Conv3x3(self.out_channels, name="conv_out", **types)(x)
 
 
 class DCAE(nn.Module):
@@ -267,6 +114,14 @@ class DCAE(nn.Module):
 
     Per-stage fields go from the image's resolution to the latent's.  `*_attention` is None for a
     stage of ResBlocks, else the scales of its EfficientViTBlocks beside the plain one, perhaps ().
+    A half whose depth at stage 0 is 0 goes to or from stage 1 in its first or last convolution;
+    where both do, the width of stage 0 has no effect.
+
+    rearrange_down, rearrange_up: resolution changes by moving pixels to channels and back, instead
+      of by a strided convolution and by repeating pixels.
+    decoder_relu, decoder_batch_norm: numbers of the decoder's stages whose ResBlocks have ReLU
+      instead of SiLU, and BatchNorm instead of RMSNorm.
+    silu_out: SiLU instead of ReLU before the last convolution.
     """
 
     latent_channels: int = 32
@@ -277,6 +132,11 @@ class DCAE(nn.Module):
     encoder_attention: tuple = (None, None, None, (5,), (5,), (5,))
     decoder_attention: tuple = (None, None, None, (5,), (5,), (5,))
     head_dim: int = 32
+    rearrange_down: bool = False
+    rearrange_up: bool = False
+    decoder_relu: tuple = ()
+    decoder_batch_norm: tuple = ()
+    silu_out: bool = False
     scaling_factor: float = 0.41407
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -286,23 +146,48 @@ class DCAE(nn.Module):
         """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.widths) - 1)
 
-    def setup(self):
-        for side in ("encoder", "decoder"):
-            for field in (f"{side}_depths", f"{side}_attention"):
-                if len(value := getattr(self, field)) != (stages := len(self.widths)):
-                    raise InputError(f"{field}={value}: needs {stages} entries, as widths has")
-        if self.widths[-1] % self.latent_channels:
-            field = f"latent_channels={self.latent_channels}"
-            raise InputError(f"{field}: must divide the last width, {self.widths[-1]}")
-        for a, b in itertools.pairwise(self.widths):
+    def _check(self):
+        stages, widths = len(self.widths), self.widths
+        for field in ("encoder_depths", "decoder_depths", "encoder_attention", "decoder_attention"):
+            if len(value := getattr(self, field)) != stages:
+                raise InputError(f"{field}={value}: needs {stages} entries, as widths has")
+            if "depths" in field and 0 in (value[1:] or value):
+                raise InputError(f"{field}={value}: only the first of several stages may be empty")
+        for field in ("decoder_relu", "decoder_batch_norm"):
+            if not set(value := getattr(self, field)) <= set(range(stages)):
+                raise InputError(f"{field}={value}: must be numbers of stages, 0 to {stages - 1}")
+        if odd := [i for i in self.decoder_batch_norm if self.decoder_attention[i] is not None]:
+            raise InputError(f"decoder_batch_norm={self.decoder_batch_norm}: stages {odd} have no ResBlocks")
+        if widths[-1] % self.latent_channels:
+            raise InputError(f"latent_channels={self.latent_channels}: must divide the last width, {widths[-1]}")
+        used = widths[1:] if self.encoder_depths[0] == self.decoder_depths[0] == 0 else widths
+        for a, b in itertools.pairwise(used):
             if 4 * a % b or 4 * b % a:
-                raise InputError(f"widths={self.widths}: {a} and {b} must divide 4 times the other")
-        shared = self.head_dim, self.dtype, self.param_dtype
+                raise InputError(f"widths={widths}: {a} and {b} must divide 4 times the other")
+        if self.rearrange_down and any(width % 4 for width in widths[1:]):
+            raise InputError(f"widths={widths}: all but the first must be multiples of 4 with rearrange_down")
+
+    def setup(self):
+        self._check()
+        shared = dict(
+            widths=self.widths, head_dim=self.head_dim, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         self.encoder = Encoder(
-            self.latent_channels, self.widths, self.encoder_depths, self.encoder_attention, *shared
+            latent_channels=self.latent_channels,
+            depths=self.encoder_depths,
+            attention=self.encoder_attention,
+            rearrange=self.rearrange_down,
+            **shared,
         )
         self.decoder = Decoder(
-            self.in_channels, self.widths, self.decoder_depths, self.decoder_attention, *shared
+            out_channels=self.in_channels,
+            depths=self.decoder_depths,
+            attention=self.decoder_attention,
+            rearrange=self.rearrange_up,
+            relu=self.decoder_relu,
+            batch_norm=self.decoder_batch_norm,
+            silu_out=self.silu_out,
+            **shared,
         )
 
     def example_inputs(self):
@@ -332,4 +217,39 @@ class DCAE(nn.Module):
         return self.decode(self.encode(x))
 
 
+# The published variants (docs/numerics.md 3.2).  `in` was trained on ImageNet, `mix` on a mixture:
+# one architecture, two sets of weights, two scales of the latent.
 DC_AE_F32C32_SANA = DCAE()  # sana-1.0 and sana-1.1: one architecture, two decoders
+DC_AE_LITE_F32C32_SANA = DCAE(  # sana-1.1 with a decoder that takes half the time
+    decoder_depths=(0, 3, 5, 4, 4, 4), decoder_attention=(None,) * 6, rearrange_up=True, silu_out=True
+)
+DC_AE_F32C32_IN = DCAE(
+    encoder_depths=(0, 4, 8, 2, 2, 2),
+    decoder_depths=(0, 5, 10, 2, 2, 2),
+    encoder_attention=(None, None, None, (), (), ()),
+    decoder_attention=(None, None, None, (), (), ()),
+    rearrange_down=True,
+    rearrange_up=True,
+    decoder_relu=(0, 1, 2),
+    decoder_batch_norm=(0, 1, 2),
+    scaling_factor=0.3189,
+)
+DC_AE_F32C32_MIX = DC_AE_F32C32_IN.clone(scaling_factor=0.4552)
+
+
+def _deeper(model, latent_channels, scaling_factor):
+    """One more stage at half the resolution, 2048 wide."""
+    sides = {
+        f"{side}_{field}": getattr(model, f"{side}_{field}") + (value,)
+        for side in ("encoder", "decoder")
+        for field, value in (("depths", 2), ("attention", ()))
+    }
+    return model.clone(
+        latent_channels=latent_channels, widths=model.widths + (2048,), scaling_factor=scaling_factor, **sides
+    )
+
+
+DC_AE_F64C128_IN = _deeper(DC_AE_F32C32_IN, 128, 0.2889)
+DC_AE_F64C128_MIX = DC_AE_F64C128_IN.clone(scaling_factor=0.4538)
+DC_AE_F128C512_IN = _deeper(DC_AE_F64C128_IN, 512, 0.4883)
+DC_AE_F128C512_MIX = DC_AE_F128C512_IN.clone(scaling_factor=0.3620)

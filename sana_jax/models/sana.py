@@ -9,38 +9,19 @@ modulation of any number of times, and `velocity` is what is left inside the sam
 `__call__` composes the three.
 """
 
-import functools
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from sana_jax import ops
 from sana_jax.errors import InputError
-from sana_jax.models.layers import Dense, GLUMBConv, RMSNorm, layer_norm, rms_norm
+from sana_jax.models import embeddings
+from sana_jax.models.embeddings import CaptionEmbed, TimeEmbed, dense_of
+from sana_jax.models.layers import GLUMBConv, layer_norm, rms_norm
 
 FLOAT16_MAX = 65504.0
 HIDDEN_TOKEN = -10000.0  # additive logit of a masked token; finite on purpose, see ops.cross_attention
-NORM_EPS = 1e-5  # every learned RMSNorm of the network, except cross-attention under NVlabs
-
-xavier = nn.initializers.xavier_uniform()
-small = nn.initializers.normal(0.02)
-
-
-def dense_of(module, kernel_init=xavier):
-    """Dense with the dtypes of `module` and one of the two published initialisations."""
-    return functools.partial(
-        Dense, kernel_init=kernel_init, dtype=module.dtype, param_dtype=module.param_dtype
-    )
-
-
-@struct.dataclass
-class Time:
-    """What the network knows of a time: `embedding` [... d] and six modulation `rows` [... 6 d]."""
-
-    embedding: jnp.ndarray
-    rows: jnp.ndarray
+NORM_EPS = 1e-5  # RMSNorm of query and key; in cross-attention NVlabs has another
 
 
 @struct.dataclass
@@ -64,80 +45,6 @@ def add_gated(x, gate, y):
 def add32(a, b):
     """a + b in float32."""
     return a.astype(jnp.float32) + b.astype(jnp.float32)
-
-
-def sinusoid(t, size=256, base=10_000.0):
-    """[...] -> [... size], cosines first (docs/numerics.md 1.3), float32.
-
-    t * f reaches 999 rad, where one ulp of f is 6e-5 of phase.  Rounding the exponent as float32
-    arithmetic does and taking the exponential in float64 lands nearest to torch's own table.
-    """
-    half = size // 2
-    exponent = np.float32(-np.log(base)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    angle = t.astype(jnp.float32)[..., None] * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-def position_embedding(height, width, size, scale, channels):
-    """Fixed 2-D sin-cos embedding of the 2K and 4K models, [h w d] float32 (docs/numerics.md 1.2).
-
-    The column fills the first half of the channels.  Coordinates are divided by height / size and
-    width / size: a grid of any shape spans [0, size / scale) in both directions.
-    """
-    omega = 10_000.0 ** (-np.arange(channels // 4) / (channels / 4))
-
-    def axis(length):  # coordinates in float32, then float64, as published
-        p = np.arange(length, dtype=np.float32) / np.float32(length / size) / np.float32(scale)
-        angle = p.astype(np.float64)[:, None] * omega
-        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
-
-    column = jnp.broadcast_to(axis(width)[None], (height, width, channels // 2))
-    row = jnp.broadcast_to(axis(height)[:, None], (height, width, channels // 2))
-    return jnp.concatenate([column, row], axis=-1)
-
-
-class TimeEmbed(nn.Module):
-    """Sinusoid -> MLP, plus the same of a guidance scale (Sprint); then the modulation rows."""
-
-    width: int
-    guidance: bool
-    integer: bool
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, t, guidance):
-        dense = dense_of(self, small)
-
-        def embed(x, name, last_init=small):
-            x = dense(self.width, name=f"{name}_1")(sinusoid(x).astype(self.dtype))
-            return dense(self.width, name=f"{name}_2", kernel_init=last_init)(nn.silu(x))
-
-        x = embed(jnp.trunc(t.astype(jnp.float32)) if self.integer else t, "mlp")
-        if self.guidance:
-            if guidance is None:
-                raise ValueError("guidance=None: this model embeds guidance, pass 0.1 * scale, [b]")
-            x = x + embed(guidance, "guidance", nn.initializers.zeros)
-        rows = dense(6 * self.width, name="modulation")(nn.silu(x))
-        return Time(x, rows.reshape(*t.shape, 6, self.width))
-
-
-class CaptionEmbed(nn.Module):
-    """Text encoder states [b m 2304] -> [b m d], RMS-normalised."""
-
-    width: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, states):
-        dense = dense_of(self, small)
-        x = nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True)
-        x = dense(self.width, name="mlp_2")(x)
-        return RMSNorm(
-            NORM_EPS, scale_init=nn.initializers.constant(0.01), param_dtype=self.param_dtype, name="norm"
-        )(x)
 
 
 class KeyValue(nn.Module):
@@ -174,7 +81,10 @@ class HeadNorm(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear self-attention over the grid, [b h w d] -> [b h w d]."""
+    """ReLU linear self-attention over the grid, [b h w d] -> [b h w d].
+
+    In the rows where `perturbed`, [b] bool, each token attends to itself alone: out(v) (PAG).
+    """
 
     heads: int
     qk_norm: bool
@@ -184,7 +94,7 @@ class LinearAttention(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, perturbed=None):
         b, h, w, d = x.shape
         dense = dense_of(self)
         qkv = dense(3 * d, use_bias=False, name="qkv")(x).reshape(b, h * w, self.heads, -1)
@@ -194,6 +104,9 @@ class LinearAttention(nn.Module):
             k = HeadNorm(NORM_EPS, self.param_dtype, name="key_norm")(k)
             qkv = jnp.concatenate([q, k, v], axis=-1)
         out = ops.relu_linear_attention(qkv, self.eps)
+        if perturbed is not None:
+            value = jnp.split(qkv, 3, axis=-1)[2]
+            out = jnp.where(perturbed[:, None, None, None], value, out)
         out = dense(d, name="out")(out.reshape(b, h, w, d))
         if self.clamp or out.dtype == jnp.float16:
             out = jnp.clip(out, -FLOAT16_MAX, FLOAT16_MAX)
@@ -234,7 +147,7 @@ class SanaBlock(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, kv, rows, bias):
+    def __call__(self, x, kv, rows, bias, perturbed=None):
         d, types = x.shape[-1], (self.dtype, self.param_dtype)
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (6, d), self.param_dtype)
         rows = add32(table, rows)[:, :, None, None]  # [b 6 1 1 d]
@@ -243,7 +156,7 @@ class SanaBlock(nn.Module):
         attention = LinearAttention(
             self.heads, self.qk_norm, self.attention_eps, self.clamp, *types, name="self_attn"
         )
-        x = add_gated(x, gate_a, attention(modulate(x, shift_a, scale_a)))
+        x = add_gated(x, gate_a, attention(modulate(x, shift_a, scale_a), perturbed))
         x = x + CrossAttention(
             self.cross_heads, self.qk_norm, self.cross_norm_eps, *types, name="cross_attn"
         )(x, kv, bias)
@@ -325,7 +238,7 @@ class Sana(nn.Module):
             length=self.depth,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, 0),
         )(
             self.heads,
             self.cross_heads,
@@ -368,14 +281,18 @@ class Sana(nn.Module):
         """t [...] -> Time with the same leading axes.  Does not depend on latent or text."""
         return self.time_embed(t, guidance)
 
-    def velocity(self, x, time, text):
-        """What remains for each step.  `time` has leading axis b, or 1 for one time for all."""
+    def velocity(self, x, time, text, perturbed=None):
+        """What remains for each step.
+
+        `time` has leading axis b, or 1 for one time for all.  `perturbed`, [l b] bool, says in which
+        layers which rows lose their self-attention (docs/numerics.md 4.6); None costs nothing.
+        """
         x = self.patch_embed(x.astype(self.dtype))
         if self.position_scale is not None:
             _, h, w, d = x.shape
-            position = position_embedding(h, w, self.sample_size, self.position_scale, d)
+            position = embeddings.position_embedding(h, w, self.sample_size, self.position_scale, d)
             x = (x.astype(jnp.float32) + position).astype(self.dtype)
-        x, _ = self.blocks(x, text.kv, time.rows, text.bias)
+        x, _ = self.blocks(x, text.kv, time.rows, text.bias, perturbed)
         return self.head(x, time.embedding)
 
 

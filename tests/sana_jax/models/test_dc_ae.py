@@ -7,31 +7,22 @@ among the controls costs 1e-1.
 """
 
 import copy
-import dataclasses
 import functools
-import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax import ops
-from sana_jax.checkpoints import dc_ae as names
-from sana_jax.checkpoints import rules
-from sana_jax.models import dc_ae
+from sana_jax.models import dc_ae_blocks as blocks
 from sana_jax.models.layers import RMSNorm
-from tests import peers
+from tests import dc_ae_toys, peers
+from tests.dc_ae_toys import error, image, nchw, nhwc, randomise
 
 BOUND = 1.5e-5
 
-TOY = dc_ae.DCAE(
-    widths=(16, 32, 32, 64, 64, 128),
-    encoder_depths=(1, 1, 1, 2, 1, 1),
-    decoder_depths=(1, 2, 1, 1, 1, 1),
-)
+TOY = dc_ae_toys.TOYS["f32c32-sana"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,32 +34,7 @@ def highest_precision():
 @pytest.fixture(scope="module")
 def peer():
     """The toy as diffusers builds it."""
-    import diffusers
-
-    fields = {f.name: getattr(TOY, f.name) for f in dataclasses.fields(TOY)}
-    module = diffusers.AutoencoderDC.from_config(names.to_config(fields))
-    return randomise(module, seed=0)
-
-
-def randomise(module, seed):
-    """Latents get an rms of 3 to 8, images of 1.5 to 3."""
-    peers.randomise(module, seed)
-    module.decoder.conv_out.weight *= 3
-    return module
-
-
-@functools.cache
-def toy_shapes():
-    shapes = jax.eval_shape(TOY.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
-
-
-def to_params(module, dtype=np.float32):
-    depths = TOY.encoder_depths, TOY.decoder_depths
-    table = names.diffusers_rules(*depths, TOY.encoder_attention, TOY.decoder_attention)
-    state = peers.to_numpy_state(module)
-    leaves = rules.to_flax(table, toy_shapes(), peers.header(state), state.items(), dtype)
-    return unflatten_dict(leaves, sep="/")
+    return dc_ae_toys.make_peer(TOY)
 
 
 @pytest.fixture(scope="module")
@@ -76,36 +42,20 @@ def params(peer):
     return to_params(peer)
 
 
-def nchw(x):
-    import torch
-
-    return torch.from_numpy(np.asarray(x, np.float32).transpose(0, 3, 1, 2).copy())
-
-
-def nhwc(tensor):
-    return tensor.detach().double().numpy().transpose(0, 2, 3, 1)
+def to_params(module, dtype=np.float32):
+    return dc_ae_toys.to_params(TOY, module, dtype)
 
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def image(*shape, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (*shape, 3)).astype(np.float32)
-
-
-def error(ours, theirs):
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / peers.rms(theirs)
-
-
-@jax.jit
 def encode(params, x):
-    return TOY.apply({"params": params}, x, method="encode")
+    return dc_ae_toys.run(TOY, params, x, method="encode")
 
 
-@jax.jit
 def decode(params, z):
-    return TOY.apply({"params": params}, z, method="decode")
+    return dc_ae_toys.run(TOY, params, z, method="decode")
 
 
 # --- The whole.
@@ -183,7 +133,7 @@ def test_images_of_a_batch_do_not_mix(params):
 
 # --- Block by block: (name in the peer, path in ours, module, input).
 
-RES, VIT, DOWN, UP = dc_ae.ResBlock(), dc_ae.EfficientViTBlock(), dc_ae.Down, dc_ae.Up
+RES, VIT, DOWN, UP = blocks.ResBlock(), blocks.EfficientViTBlock(), blocks.Down, blocks.Up
 CASES = {
     "res": ("encoder.down_blocks.2.0", "encoder/stage_2/block_0", RES, (2, 12, 10, 32)),
     "vit": ("encoder.down_blocks.3.1", "encoder/stage_3/block_1", VIT, (2, 3, 11, 64)),
@@ -251,7 +201,7 @@ def test_attention_without_and_with_two_scales():
             params[f"scale_{size}"] = {"kernel": scale[:, 0].transpose(1, 2, 0)}
             params[f"scale_{size}_mix"] = {"kernel": mix.reshape(6, 32, 32).transpose(0, 2, 1)}
         x = noise(2, 7, 9, 64)
-        ours = dc_ae.MultiScaleAttention(scales).apply({"params": params}, x)
+        ours = blocks.MultiScaleAttention(scales).apply({"params": params}, x)
         assert error(ours, nhwc(theirs(nchw(x)))) <= BOUND
 
 
@@ -270,8 +220,8 @@ def tensorflow_order(patch, params):
         x = x.reshape(b, h, w, 2, 2, d // 4).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(b, 2 * h, 2 * w, d // 4)
 
-    patch.setattr(dc_ae, "space_to_channel", space_to_channel)
-    patch.setattr(dc_ae, "channel_to_space", channel_to_space)
+    patch.setattr(blocks, "space_to_channel", space_to_channel)
+    patch.setattr(blocks, "channel_to_space", channel_to_space)
     return params
 
 
@@ -279,20 +229,20 @@ def groups_with_a_stride(patch, params):
     def average(x, channels):
         return x.reshape(*x.shape[:3], -1, channels).mean(axis=-2)
 
-    patch.setattr(dc_ae, "average", average)
-    patch.setattr(dc_ae, "duplicate", lambda x, n: jnp.tile(x, n // x.shape[-1]))
+    patch.setattr(blocks, "average", average)
+    patch.setattr(blocks, "duplicate", lambda x, n: jnp.tile(x, n // x.shape[-1]))
     return params
 
 
 def same_padding(patch, params):
     conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding="SAME")
-    patch.setattr(dc_ae, "Conv3x3", conv)
+    patch.setattr(blocks, "Conv3x3", conv)
     return params
 
 
 def norm_eps(eps):
     def control(patch, params):
-        patch.setattr(dc_ae, "RMSNorm", lambda **kwargs: RMSNorm(eps=eps, **kwargs))
+        patch.setattr(blocks, "RMSNorm", lambda **kwargs: RMSNorm(eps=eps, **kwargs))
         return params
 
     return control
@@ -356,15 +306,12 @@ def test_bound_catches(peer, params, monkeypatch, case, control):
 
 
 @pytest.mark.parity
-def test_bound_catches_silu_at_the_end(peer, params, monkeypatch):
+def test_bound_catches_silu_at_the_end(peer, params):
     z = noise(1, 3, 5, 32)
     theirs = nhwc(peer.decode(nchw(z)).sample)
     assert error(decode(params, z), theirs) <= BOUND
-    wrong_ops = types.SimpleNamespace(relu=nn.silu, relu_linear_attention=ops.relu_linear_attention)
-    monkeypatch.setattr(dc_ae, "ops", wrong_ops)  # and leave attention as it was:
-    monkeypatch.setattr(dc_ae, "relu_quadratic_attention", ops.relu_linear_attention)
-    wrong = jax.jit(lambda: TOY.apply({"params": params}, z, method="decode"))
-    assert error(wrong(), theirs) > 5 * BOUND
+    wrong = dc_ae_toys.run(TOY.clone(silu_out=True), params, z, method="decode")
+    assert error(wrong, theirs) > 5 * BOUND
 
 
 @pytest.mark.parity

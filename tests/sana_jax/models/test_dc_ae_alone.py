@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from sana_jax import ops
 from sana_jax.errors import InputError
 from sana_jax.models import dc_ae
+from sana_jax.models import dc_ae_blocks as blocks
 
 TOY = dc_ae.DCAE(
     widths=(16, 32, 32, 64, 64, 128),
@@ -23,22 +24,22 @@ def noise(*shape):
 
 def test_channel_order_by_hand():
     x = jnp.arange(8.0).reshape(1, 2, 2, 2)  # x[dy, dx, c] = 4 dy + 2 dx + c
-    assert dc_ae.space_to_channel(x).ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert blocks.space_to_channel(x).ravel().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     x = noise(2, 4, 6, 8)
-    assert (dc_ae.channel_to_space(dc_ae.space_to_channel(x)) == x).all()
+    assert (blocks.channel_to_space(blocks.space_to_channel(x)) == x).all()
     x = jnp.arange(4.0).reshape(1, 1, 1, 4)
-    assert dc_ae.average(x, 2).ravel().tolist() == [0.5, 2.5]
-    assert dc_ae.duplicate(x, 8).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert blocks.average(x, 2).ravel().tolist() == [0.5, 2.5]
+    assert blocks.duplicate(x, 8).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    assert dc_ae.nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
+    assert blocks.nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
 
 
 def test_quadratic_attention_is_the_linear_one():
     qkv = noise(2, 9, 3, 24)
     linear = ops.relu_linear_attention(qkv, 1e-15)
-    np.testing.assert_allclose(dc_ae.relu_quadratic_attention(qkv, 1e-15), linear, atol=2e-6)
+    np.testing.assert_allclose(blocks.relu_quadratic_attention(qkv, 1e-15), linear, atol=2e-6)
     qkv[:, 0, :, :8] = -1  # a query that sees nothing
-    assert (dc_ae.relu_quadratic_attention(qkv, 1e-15)[:, 0] == 0).all()
+    assert (blocks.relu_quadratic_attention(qkv, 1e-15)[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize(("grid", "quadratic"), [((4, 8), True), ((3, 11), False)])
@@ -49,9 +50,9 @@ def test_attention_is_quadratic_up_to_32_tokens(monkeypatch, grid, quadratic):
         calls.append(qkv.shape)
         return ops.relu_linear_attention(qkv, eps)
 
-    monkeypatch.setattr(dc_ae, "relu_quadratic_attention", spy)
+    monkeypatch.setattr(blocks, "relu_quadratic_attention", spy)
     x = jax.ShapeDtypeStruct((1, *grid, 64), jnp.float32)
-    jax.eval_shape(dc_ae.MultiScaleAttention().init, jax.random.key(0), x)
+    jax.eval_shape(blocks.MultiScaleAttention().init, jax.random.key(0), x)
     assert calls == ([(1, 32, 4, 96)] if quadratic else [])
 
 

@@ -16,6 +16,7 @@ import pytest
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints import sana as names
 from sana_jax.loading import parameter_shapes
+from sana_jax.models import embeddings
 from sana_jax.models import sana as models
 from sana_jax.models.sana import Sana
 from sana_jax.stacks import NVLABS
@@ -222,20 +223,20 @@ def test_controls_break_parity(monkeypatch):
     def exact_frequencies(t, size=256):
         return jnp.float32(1.001) * sinusoid(t, size)
 
-    sinusoid, position = models.sinusoid, models.position_embedding
+    sinusoid, position = embeddings.sinusoid, embeddings.position_embedding
     wrong_functions = {
-        "sines first": ("sinusoid", sines_first),
-        "scaled embedding": ("sinusoid", exact_frequencies),
-        "row before column": ("position_embedding", row_first),
-        "positions not normalised": ("position_embedding", not_normalised),
-        "layer norm eps": ("layer_norm", lambda x: layer_norm(x, 1e-2)),
-        "caption norm eps": ("NORM_EPS", 1e-2),
-        "mask ignored": ("HIDDEN_TOKEN", 0.0),
+        "sines first": (embeddings, "sinusoid", sines_first),
+        "scaled embedding": (embeddings, "sinusoid", exact_frequencies),
+        "row before column": (embeddings, "position_embedding", row_first),
+        "positions not normalised": (embeddings, "position_embedding", not_normalised),
+        "layer norm eps": (models, "layer_norm", lambda x: layer_norm(x, 1e-2)),
+        "caption norm eps": (embeddings, "CAPTION_NORM_EPS", 1e-2),
+        "mask ignored": (models, "HIDDEN_TOKEN", 0.0),
     }
     layer_norm = models.layer_norm
-    for what, (name, wrong) in wrong_functions.items():
+    for what, (where, name, wrong) in wrong_functions.items():
         with monkeypatch.context() as patch:
-            patch.setattr(models, name, wrong)
+            patch.setattr(where, name, wrong)
             jax.clear_caches()
             assert distance(run(module, params, **case), reference) > 10 * BOUND, what
     jax.clear_caches()
