@@ -39,7 +39,10 @@ class _Probed:
     """Stands in for a Sana in a sampler: each velocity reports the size of every block's output."""
 
     def __init__(self, sana, report):
-        self.sana, self.report, self.dtype = sana, report, sana.dtype
+        self.sana, self.report = sana, report
+
+    def __getattr__(self, field):
+        return getattr(self.sana, field)
 
     def apply(self, variables, *args, method):
         if method != "velocity":

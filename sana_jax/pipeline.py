@@ -2,7 +2,7 @@
 
     prompt --tokenize--> ids --Gemma2--> states
     seed --normal, one key per image--> x_1
-    x_0 = flow_dpm_solver(classifier_free(sana.velocity), x_1)      one scan
+    x_0 = flow_dpm_solver(classifier_free(sana.velocity), x_1)      one scan; or scm(sana.velocity, x_1)
     image = resize(dc_ae.decode(x_0 / s))                           one jit with the line above
 
 Shapes: b images, m caption tokens, d channels of the text encoder, h w latent grid, H W pixels.
@@ -15,15 +15,15 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 
-from sana_jax import diagnose, programs, text
-from sana_jax.errors import InputError, require_choice, require_range
+from sana_jax import diagnose, programs, requests, text
+from sana_jax.errors import InputError, NonFiniteError, require_choice
 from sana_jax.models.gemma2 import Gemma2
-from sana_jax.programs import SAMPLERS
-from sana_jax.resolution import PATCH, check_size, painted_size
+from sana_jax.progress import listening
+from sana_jax.requests import EVERYWHERE, STRENGTH, image_numbers, strings
+from sana_jax.requests import check_request as check_request
+from sana_jax.resolution import PATCH, painted_size
 from sana_jax.stacks import STACKS, Stack
 
-OUTPUTS = ("uint8", "float", "latent")
-EVERYWHERE = (0.0, 1.0)
 REMEMBERED = 8  # encoded texts, a megabyte or two each
 
 
@@ -35,47 +35,6 @@ class TextEncoder:
     params: dict
     tokenizer: object
     instruction: str | None = None
-
-
-def _strings(field, value):
-    """str or list of str -> list of str; raises InputError naming the entry."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not values:
-        raise InputError(f"{field}={value!r}: must be a string or a non-empty list of strings")
-    for i, entry in enumerate(values):
-        if not isinstance(entry, str):
-            raise InputError(f"{field}[{i}]={entry!r}: must be a string, is {type(entry).__name__}")
-    return list(values)
-
-
-def _check_interval(value):
-    if len(np.shape(value)) != 1 or len(value) != 2:
-        raise InputError(f"guidance_interval={value!r}: must be two numbers, (low, high)")
-    require_range("guidance_interval[0]", value[0], 0, 1, float)
-    require_range("guidance_interval[1]", value[1], value[0], 1, float)
-
-
-CHECKS = {  # arguments of `generate` whose rule does not depend on the model
-    "steps": lambda v: require_range("steps", v, 1, 1000),
-    "guidance_scale": lambda v: require_range("guidance_scale", v, 0, 100, float),
-    "num_images": lambda v: require_range("num_images", v, 1, 4096),
-    "seed": lambda v: require_range("seed", v, 0, 2**32 - 1),
-    "first_image": lambda v: require_range("first_image", v, 0, 2**31),
-    "sampler": lambda v: require_choice("sampler", v, tuple(SAMPLERS)),
-    "flow_shift": lambda v: v is None or require_range("flow_shift", v, 0.01, 100, float),
-    "max_sequence_length": lambda v: require_range("max_sequence_length", v, 2, 4096),
-    "output": lambda v: require_choice("output", v, OUTPUTS),
-    "bin_resolution": lambda v: require_choice("bin_resolution", v, (True, False)),
-    "guidance_interval": _check_interval,
-    "height": lambda v: v is None or check_size(v, PATCH),
-    "width": lambda v: v is None or check_size(PATCH, v),
-}
-
-
-def check_request(**arguments):
-    """Raises InputError for any of these arguments of `generate` that is wrong for every model."""
-    for name, value in arguments.items():
-        CHECKS[name](value)
 
 
 class Pipeline:
@@ -96,8 +55,11 @@ class Pipeline:
         if isinstance(text, tuple):
             text = TextEncoder(*text)
         module, params = sana
-        if module.guidance_embed:
-            raise InputError("guidance_embed=True: this is a SANA-Sprint transformer, which Flow-DPM-Solver does not sample")
+        if dc_ae[0].compression != PATCH:
+            raise InputError(
+                f"compression={dc_ae[0].compression} of the autoencoder: SANA's transformers were trained on "
+                f"latents of {PATCH} x {PATCH} pixels; this autoencoder works by itself, with load_dc_ae"
+            )
         if module.latent_channels != dc_ae[0].latent_channels:
             raise InputError(
                 f"latent_channels={module.latent_channels} of the transformer and "
@@ -108,7 +70,7 @@ class Pipeline:
                 f"caption_width={module.caption_width} of the transformer and width "
                 f"{text.gemma2.width} of the text encoder differ: they do not belong together"
             )
-        self.sana = module.clone(**stack.sana_fields()), params
+        self.sana = module.clone(**stack.sana_fields(module.guidance_embed)), params
         self.dc_ae, self.text, self.stack = dc_ae, text, stack
         published = 6.0 if module.sample_size >= 128 else 3.0
         self.flow_shift = float(stack.flow_shift or flow_shift or published)
@@ -148,7 +110,7 @@ class Pipeline:
           InputError: no text encoder, or a bad argument.  NonFiniteError: names the first bad layer.
         """
         check_request(max_sequence_length=max_sequence_length)
-        tokens = self._tokenize(_strings("prompts", prompts), self.instruction(chi).text, max_sequence_length)
+        tokens = self._tokenize(strings("prompts", prompts), self.instruction(chi).text, max_sequence_length)
         return self._states(tokens), jnp.asarray(tokens.selected_mask)
 
     def _tokenize(self, prompts, instruction, length):
@@ -177,8 +139,9 @@ class Pipeline:
         return states
 
     def denoise(
-        self, states, mask, negative_states=None, negative_mask=None, latents=None, *, steps=20,
-        guidance_scale=4.5, sampler="flow-dpm-solver", flow_shift=None, guidance_interval=EVERYWHERE,
+        self, states, mask, negative_states=None, negative_mask=None, latents=None, *, steps=None,
+        guidance_scale=4.5, sampler=None, flow_shift=None, guidance_interval=EVERYWHERE, pag_scale=0.0,
+        pag_layers=None, pag_adaptive_scale=0.0, step_noise=None, on_step=None,
     ):  # fmt: skip
         """Noise to latents.
 
@@ -188,69 +151,62 @@ class Pipeline:
             each; without states there is no guidance, without a mask, and always in the stack
             "nvlabs", the prompts' own mask is used.
           latents: [b h w c], the noise.
-          steps, guidance_scale, sampler, flow_shift, guidance_interval: as in `generate`.
+          step_noise: [steps b h w c], the noise of each step; sampler "scm" needs it.
+          others: as in `generate`.
         Returns:
           [b h w c] float32 in model space.
         Raises:
           InputError: a bad argument.  NonFiniteError: names the first bad block.
         """
-        check_request(
+        sampling = dict(
             steps=steps, guidance_scale=guidance_scale, sampler=sampler, flow_shift=flow_shift,
-            guidance_interval=guidance_interval,
+            guidance_interval=guidance_interval, pag_scale=pag_scale, pag_layers=pag_layers,
+            pag_adaptive_scale=pag_adaptive_scale,
         )  # fmt: skip
+        check_request(**sampling, on_step=on_step)
         module, params = self.sana
         if latents is None:
             raise InputError("latents=None: denoise needs the noise, [b h w c]")
-        states, mask = self._caption("", states, mask)
-        guided = guidance_scale > 1 and negative_states is not None
+        states, mask = requests.caption("", states, mask, module.caption_width)
+        plan = self._plan(**sampling, guided=negative_states is not None)
+        if module.guidance_embed and negative_states is not None:
+            raise InputError("negative_states: SANA-Sprint has no unconditional half; leave them out")
         conditions = states, mask, None, None
-        if guided:
+        if plan.static["guided"]:
             if negative_mask is None or self.stack.negative_uses_prompt_mask:
                 negative_mask = mask
-            conditions = states, mask, *self._caption("negative_", negative_states, negative_mask, like=states)
+            negative = requests.caption("negative_", negative_states, negative_mask, module.caption_width, like=states)
+            conditions = states, mask, *negative
         latents = self._latents(latents, states.shape[0])
-        arguments, static = self._arguments(steps, guidance_scale, sampler, flow_shift, guidance_interval, guided)
-        out = programs.denoise_program(params, conditions, latents, *arguments, sana=module, **static)
-        if not bool(jnp.isfinite(out).all()):
-            diagnose.explain_denoise(module, params, programs.denoise, (conditions, latents, *arguments), static)
+        step_noise = self._step_noise(plan, step_noise, latents.shape)
+        if plan.static["sampler"] == "scm" and step_noise is None:
+            raise InputError(f"step_noise=None: sampler 'scm' needs noise for each step, [{plan.steps}, b, h, w, c]")
+        arguments = *plan.traced, step_noise
+        with listening(on_step, plan.steps) as listener:
+            out = programs.denoise_program(
+                params, conditions, latents, *arguments, sana=module, listener=listener, **plan.static
+            )
+            finite = bool(jnp.isfinite(out).all())
+        if not finite:
+            diagnose.explain_denoise(module, params, programs.denoise, (conditions, latents, *arguments), plan.static)
         return out
 
-    def _caption(self, prefix, states, mask, like=None):
-        """(states [b m d], mask [b m] bool), one caption repeated for all of `like`.  Raises InputError."""
-        width = self.sana[0].caption_width
-        states, mask = jnp.asarray(states), jnp.asarray(mask)
-        if states.ndim != 3 or states.shape[-1] != width:
-            raise InputError(f"{prefix}states: shape {states.shape}, must be [batch, tokens, {width}]")
-        if like is not None and states.shape[0] == 1:
-            states = jnp.repeat(states, like.shape[0], axis=0)
-        if like is not None and states.shape != like.shape:
-            raise InputError(f"{prefix}states: shape {states.shape}, must be {like.shape} like states, or one of the batch")
-        if mask.ndim == 2 and mask.shape[0] == 1:
-            mask = jnp.repeat(mask, states.shape[0], axis=0)
-        if mask.shape != states.shape[:2]:
-            raise InputError(f"{prefix}mask: shape {mask.shape}, must be {states.shape[:2]} = [batch, tokens]")
-        return states, mask.astype(bool)
+    def _plan(self, **arguments):
+        return requests.plan(self.sana[0], self.stack, self.flow_shift, **arguments)
 
-    def _arguments(self, steps, scale, sampler, flow_shift, interval, guided):
-        shift = self.flow_shift if flow_shift is None else float(flow_shift)
-        schedule = SAMPLERS[sampler][0](steps, shift)
-        limited = tuple(interval) != EVERYWHERE
-        traced = schedule, np.float32(scale), tuple(np.float32(e) for e in interval)
-        return traced, {"sampler": sampler, "guided": guided, "limited": limited}
-
-    def _latents(self, latents, count=None, grid=None):
+    def _latents(self, latents, count=None, grid=(None, None)):
         """The given latents as float32 [count, *grid, c]; None is any.  Raises InputError."""
-        try:
-            latents = jnp.asarray(latents, jnp.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"latents: must be an array of numbers, is a {type(latents).__name__}") from error
-        given = latents.shape if latents.ndim == 4 else ("b", "h", "w", None)
-        shape = (given[0] if count is None else count, *(grid or given[1:3]), self.sana[0].latent_channels)
-        if latents.shape != shape:
-            raise InputError(f"latents: shape {latents.shape}, must be {shape} = [images, height / 32, width / 32, channels]")
-        if not bool(jnp.isfinite(latents).all()):
-            raise InputError("latents: must be finite, hold NaN or infinity")
-        return latents
+        shape = (count, *grid, self.sana[0].latent_channels)
+        return requests.numbers("latents", latents, shape, "[images, height / 32, width / 32, channels]")
+
+    def _step_noise(self, plan, given, shape):
+        """The given noise as float32 [steps, *shape], or None.  Raises InputError."""
+        if given is None:
+            return None
+        if plan.static["sampler"] != "scm":
+            raise InputError(f"step_noise: sampler {plan.static['sampler']!r} draws none; only 'scm' does")
+        words = "[steps, images, height / 32, width / 32, channels]"
+        return requests.numbers("step_noise", given, (plan.steps, *shape), words)
 
     def decode(self, latents):
         """Model-space latents [b h w c] -> images [b H W 3] float32, clipped to [-1, 1].
@@ -276,69 +232,109 @@ class Pipeline:
         return programs.encode_program(params, images, dc_ae=module)
 
     def generate(
-        self, prompts, *, negative_prompts="", height=None, width=None, steps=20, guidance_scale=4.5,
-        num_images=1, seed=0, latents=None, sampler="flow-dpm-solver", flow_shift=None, chi="auto",
+        self, prompts, *, negative_prompts="", height=None, width=None, steps=None, guidance_scale=4.5,
+        num_images=1, seed=0, latents=None, sampler=None, flow_shift=None, chi="auto",
         max_sequence_length=300, bin_resolution=True, output="uint8", guidance_interval=EVERYWHERE,
-        first_image=0,
+        first_image=0, pag_scale=0.0, pag_layers=None, pag_adaptive_scale=0.0, image=None,
+        strength=None, step_noise=None, on_step=None,
     ):  # fmt: skip
         """Pictures of prompts.
 
         Args:
           prompts: str or list of str.
-          negative_prompts: str for all, or one for each prompt; never gets an instruction.
+          negative_prompts: str for all, or one for each prompt; never gets an instruction.  SANA-Sprint
+            has no use for them.
           height, width: pixels; None is the size that the model was trained on.
-          steps: network evaluations per image (two halves each, with guidance).
+          steps: network evaluations per image (two halves each, with guidance); None is 20, and 2
+            for SANA-Sprint, which was made for 1 to 4.
           guidance_scale: w in v_u + w (v_c - v_u); up to 1 means no guidance and half the work.
+            SANA-Sprint is told it instead.
           num_images: per prompt.
           seed: image i of the call starts from noise keyed (seed, first_image + i), whatever the batch.
           latents: [b h w c], the noise itself, at the painted size, in place of `seed`.
-          sampler: "flow-dpm-solver" (second order) or "flow-euler".
+          sampler: "flow-dpm-solver" (second order), "flow-euler", or "scm", which is for SANA-Sprint
+            alone; None is the model's.
           flow_shift: None is the checkpoint's.
           chi: the instruction before each prompt: "auto", "none" or its joined text.
           max_sequence_length: prompt tokens that the transformer sees; the rest is cut.
           bin_resolution: paint at the published size of the nearest aspect ratio, then resize and
             crop; else height and width must be multiples of 32.
           output: "uint8" [b H W 3]; "float", the same in [0, 1]; "latent" [b h w c] in model space.
-          guidance_interval: noise levels (low, high) between which guidance acts.
-          first_image: lets one long job be cut into several calls.
+          guidance_interval: noise levels (low, high) between which guidance, of both kinds, acts; not
+            at them, except that 1 takes in the first step.
+          first_image: lets one long job be cut into several calls; a list has the number of each image.
+          pag_scale: s of perturbed-attention guidance, + s (v_c - v_p): half as much work again, or
+            twice as much without guidance_scale; 0 is none.
+          pag_layers: where v_p has no self-attention, counted from 0; None is the stack's.
+          pag_adaptive_scale: a in s <- max(s - a (1000 - t), 0).
+          image: [H W 3], or one for each prompt, uint8 or float in [0, 1], to begin with (SANA-Sprint):
+            its centre, in the shape that is painted.
+          strength: in (0, 1], how much of the image is painted over; None is 0.6.
+          step_noise: [steps b h w c], the noise of each step of "scm", in place of `seed`.
+          on_step: called with (step, steps) as each evaluation begins, step from 0, and with
+            (steps, steps) at the end.  The first call with one compiles another program.
         Returns:
           A numpy array with leading axis len(prompts) * num_images, all images of prompt 0 first.
         Raises:
           InputError: a bad argument, before any device work.
           NonFiniteError: NaN or infinity; the message names the first block that made one.
         """
-        prompts = _strings("prompts", prompts)
-        negatives = _strings("negative_prompts", negative_prompts)
+        prompts = strings("prompts", prompts)
+        negatives = strings("negative_prompts", negative_prompts)
         if not isinstance(negative_prompts, str) and len(negatives) != len(prompts):
             raise InputError(f"negative_prompts: {len(negatives)} entries for {len(prompts)} prompts; pass one string, or one each")
         (module, params), (dc_ae, dc_ae_params) = self.sana, self.dc_ae
         side = module.sample_size * PATCH
         height, width = (side if value is None else value for value in (height, width))
-        check_request(
-            steps=steps, guidance_scale=guidance_scale, num_images=num_images, seed=seed, sampler=sampler,
-            flow_shift=flow_shift, max_sequence_length=max_sequence_length, output=output,
-            guidance_interval=guidance_interval, height=height, width=width, first_image=first_image, bin_resolution=bin_resolution,
+        sampling = dict(
+            steps=steps, guidance_scale=guidance_scale, sampler=sampler, flow_shift=flow_shift,
+            guidance_interval=guidance_interval, pag_scale=pag_scale, pag_layers=pag_layers,
+            pag_adaptive_scale=pag_adaptive_scale, strength=strength,
         )  # fmt: skip
+        check_request(
+            **sampling, num_images=num_images, seed=seed, max_sequence_length=max_sequence_length,
+            output=output, height=height, width=width, first_image=first_image,
+            bin_resolution=bin_resolution, image=image, on_step=on_step,
+        )  # fmt: skip
+        if image is None and strength is not None:
+            raise InputError(f"strength={strength!r}: is that of an image to begin with, and none is given")
+        if image is not None:
+            image, sampling["strength"] = np.asarray(image), STRENGTH if strength is None else strength
+            image = image if image.ndim == 4 else image[None]
+            if len(image) not in (1, len(prompts)):
+                raise InputError(f"image: {len(image)} images for {len(prompts)} prompts; pass one for all, or one each")
+        if module.guidance_embed and any(negatives):
+            raise InputError("negative_prompts: SANA-Sprint has no unconditional half to take one; leave it empty")
+        plan = self._plan(**sampling, guided=True)
         painted = painted_size(height, width, module.sample_size, bin_resolution)
         grid, count = tuple(side // PATCH for side in painted), len(prompts) * num_images
+        indices, data = image_numbers(first_image, count), None
+        shape = (*grid, module.latent_channels)
         if latents is not None:
             latents = self._latents(latents, count, grid)
-        guided = guidance_scale > 1
-        conditions = self._conditions(
-            prompts, negatives if guided else None, self.instruction(chi).text, max_sequence_length, num_images
-        )
+        step_noise = self._step_noise(plan, step_noise, (count, *shape))
+        negatives = negatives if plan.static["guided"] else None
+        conditions = self._conditions(prompts, negatives, self.instruction(chi).text, max_sequence_length, num_images)
         if latents is None:
-            latents = programs.initial_latents(np.uint32(seed), np.arange(first_image, first_image + count), (*grid, module.latent_channels))
-        arguments, static = self._arguments(steps, guidance_scale, sampler, flow_shift, guidance_interval, guided)
-        out, finite = programs.paint_program(
-            {"sana": params, "dc_ae": dc_ae_params}, conditions, latents, *arguments,
-            sana=module, dc_ae=dc_ae, size=(height, width), output=output, **static,
-        )  # fmt: skip
-        finite = np.asarray(finite)
+            latents = programs.initial_latents(np.uint32(seed), indices, shape)
+        if plan.static["sampler"] == "scm" and step_noise is None:
+            step_noise = programs.step_noise(np.uint32(seed), indices, plan.steps, shape)
+        if image is not None:
+            data = self.encode(programs.fit_image(image, height=painted[0], width=painted[1]))
+            if not bool(jnp.isfinite(data).all()):
+                raise NonFiniteError(f"autoencoder: the encoded image is not finite in {jnp.dtype(dc_ae.dtype).name}")
+            data = jnp.repeat(data, count // len(data), axis=0)
+        arguments = *plan.traced, step_noise, data
+        with listening(on_step, plan.steps) as listener:
+            out, finite = programs.paint_program(
+                {"sana": params, "dc_ae": dc_ae_params}, conditions, latents, *arguments,
+                sana=module, dc_ae=dc_ae, size=(height, width), output=output, listener=listener, **plan.static,
+            )  # fmt: skip
+            finite = np.asarray(finite)
         if not finite[:, 0].all():
-            diagnose.explain_denoise(module, params, programs.denoise, (conditions, latents, *arguments), static)
+            diagnose.explain_denoise(module, params, programs.denoise, (conditions, latents, *arguments), plan.static)
         if not finite.all():
-            latents = programs.denoise_program(params, conditions, latents, *arguments, sana=module, **static)
+            latents = programs.denoise_program(params, conditions, latents, *arguments, sana=module, **plan.static)
             diagnose.explain_decode(dc_ae, dc_ae_params, functools.partial(programs.decode, dc_ae), latents)
         return np.asarray(out)
 

@@ -6,19 +6,41 @@ argument; what cannot (modules, sampler, sizes, with or without guidance) is sta
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sana_jax import progress
+from sana_jax.models.embeddings import Time
 from sana_jax.resolution import resize_and_crop, to_unit
 from sana_jax.sampling import flow_dpm_solver as dpm
 from sana_jax.sampling import flow_euler as euler
-from sana_jax.sampling import guidance
+from sana_jax.sampling import guidance, scm
 
 SAMPLERS = {
     "flow-dpm-solver": (dpm.schedule, dpm.flow_dpm_solver),
     "flow-euler": (euler.schedule, euler.flow_euler),
+    "scm": (scm.schedule, scm.scm),
 }
+
+
+class Times(NamedTuple):
+    """What the velocity gets as its time, each with leading axis steps before the sampler's scan."""
+
+    step: jax.Array
+    t: jax.Array
+    sigma: jax.Array
+    embedding: Time
+
+
+class Perturbation(NamedTuple):
+    """Perturbed-attention guidance: its `scale`, the layers [l] bool without attention, its `decay`."""
+
+    scale: jax.Array
+    layers: jax.Array
+    decay: jax.Array
 
 
 def apply(module, params, *args, method="__call__"):
@@ -28,65 +50,107 @@ def apply(module, params, *args, method="__call__"):
         return module.apply({"params": params}, *args, method=method)
 
 
-def pairs(a, b):
-    """[b ...], [b ...] -> [2b ...], rows alternating.
+def interleave(*arrays):
+    """k arrays [b ...] -> [k b ...], rows alternating.
 
-    The halves of guidance stay neighbours: a batch that is sharded over devices then needs no
+    The branches of guidance stay neighbours: a batch that is sharded over devices then needs no
     exchange between them, which the usual concatenation does.
     """
-    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def denoise(sana, params, conditions, latents, schedule, scale, interval, *, sampler, guided, limited):
-    """conditions (states, mask, negative states, negative mask) and noise -> x_0 [b h w c] float32.
+def branch(array, count, i, axis=0):
+    """The i-th of `count` arrays that were interleaved along `axis`."""
+    shape = array.shape
+    array = array.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
+    return jax.lax.index_in_dim(array, i, axis + 1, keepdims=False)
 
-    What does not depend on the step is computed here, before the solver's scan: the captions' MLP,
-    the keys and values of all layers, the modulation of all times.
+
+def embedded_guidance(scale, dtype):
+    """0.1 * scale as Sprint is told it: the scale is rounded to the text's dtype before the product."""
+    return (0.1 * jnp.asarray(scale, dtype).astype(jnp.float32)).astype(dtype)
+
+
+def denoise(
+    sana, params, conditions, latents, schedule, scale, interval, pag=None, step_noise=None, data=None,
+    listener=None, *, sampler, guided, limited,
+):  # fmt: skip
+    """Noise to x_0 [b h w c] float32; what does not depend on the step is computed before the scan:
+    the captions' MLP, the keys and values of all layers, the modulation of all times.
+
+    Args:
+      conditions: (states, mask, negative states, negative mask); the last two None unless `guided`.
+      latents: [b h w c], the noise.
+      schedule: of the sampler.
+      scale: guidance scale; SANA-Sprint embeds it.
+      interval: noise levels between which guidance acts, where `limited`.
+      pag: a `Perturbation`, or None.
+      step_noise, data: [s b h w c] and [b h w c] or None, for "scm": see `scm.scm`.
+      listener: a number from `progress.listening`, or None.
     """
     network = functools.partial(apply, sana, params)
     states, mask, negative_states, negative_mask = conditions
+    texts = [(states, mask)]  # one for each branch of guidance
     if guided:
-        states, mask = pairs(negative_states, states), pairs(negative_mask, mask)
-    captions = network(states, mask, method="embed_text")
-    times = schedule.sigma, network(schedule.t[:, None], method="embed_time")
+        texts.insert(0, (negative_states, negative_mask))
+    perturbed = None
+    if pag is not None:
+        texts.append((states, mask))
+        last = jnp.arange(len(texts) * len(states)) % len(texts) == len(texts) - 1
+        perturbed = pag.layers[:, None] & last
+    count = len(texts)
+    captions = network(*(interleave(*column) for column in zip(*texts)), method="embed_text")
+    told = embedded_guidance(scale, states.dtype) if sana.guidance_embed else None
+    embedding = network(schedule.t[:, None], told, method="embed_time")
+    times = Times(jnp.arange(len(schedule.t)), schedule.t, schedule.sigma, embedding)
+
+    def branches(x, t):
+        v = network(interleave(*[x] * count), t.embedding, captions, perturbed, method="velocity")
+        return [branch(v, count, i) for i in range(count)]
 
     def conditional(x, t):
         prompts = captions
-        if guided:
-            prompts = captions.replace(kv=captions.kv[:, 1::2], bias=captions.bias[1::2])
-        return network(x, t[1], prompts, method="velocity")
-
-    def both(x, t):
-        v = network(pairs(x, x), t[1], captions, method="velocity")
-        v = v.reshape(-1, 2, *x.shape[1:])
-        return v[:, 0], v[:, 1]
+        if count > 1:
+            prompts = captions.replace(
+                kv=branch(captions.kv, count, int(guided), axis=1), bias=branch(captions.bias, count, int(guided))
+            )
+        return network(x, t.embedding, prompts, method="velocity")
 
     velocity = conditional
-    if guided:
-        velocity = guidance.classifier_free(both, scale)
-    if guided and limited:
-        velocity = guidance.within(velocity, conditional, interval, sigma=lambda t: t[0])
+    if pag is not None:
+        strength = functools.partial(guidance.fading, pag.scale, pag.decay)
+        velocity = guidance.perturbed_attention(branches, scale, lambda t: strength(t.t))
+    elif guided:
+        velocity = guidance.classifier_free(branches, scale)
+    if count > 1 and limited:
+        velocity = guidance.within(velocity, conditional, interval, sigma=lambda t: t.sigma)
+    if listener is not None:
+        velocity = progress.announced(velocity, listener)
+    if sampler == "scm":
+        return scm.scm(velocity, latents, schedule, step_noise, data, times)
     return SAMPLERS[sampler][1](velocity, latents, schedule, times)
 
 
 @functools.partial(jax.jit, static_argnames=("sana", "sampler", "guided", "limited"))
-def denoise_program(params, conditions, latents, schedule, scale, interval, *, sana, **static):
+def denoise_program(params, conditions, latents, *arguments, sana, listener=None, **static):
     """`denoise` as one program, keyed by the shapes of its arguments and the static names."""
-    return denoise(sana, params, conditions, latents, schedule, scale, interval, **static)
+    return denoise(sana, params, conditions, latents, *arguments, listener=listener, **static)
 
 
 @functools.partial(
     jax.jit, static_argnames=("sana", "dc_ae", "sampler", "guided", "limited", "size", "output")
 )
 def paint_program(
-    params, conditions, latents, schedule, scale, interval, *, sana, dc_ae, size, output, **static
+    params, conditions, latents, *arguments, sana, dc_ae, size, output, listener=None, **static
 ):
     """Prompt states to pixels of `size` (H, W) in one program: (output, finite [b, 2]).
 
     `finite` says for each image whether its latent and its pixels are finite, before anything is
     clipped or rounded: a NaN must not become a black picture.
     """
-    latents = denoise(sana, params["sana"], conditions, latents, schedule, scale, interval, **static)
+    latents = denoise(
+        sana, params["sana"], conditions, latents, *arguments, listener=listener, **static
+    )
     finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
     if output == "latent":
         return latents, jnp.stack([finite, finite], axis=1)
@@ -118,11 +182,40 @@ def encode_program(params, images, *, dc_ae):
     return latents.astype(jnp.float32) * dc_ae.scaling_factor
 
 
+@functools.partial(jax.jit, static_argnames=("height", "width"))
+def fit_image(images, *, height, width):
+    """[b H W 3], uint8 or float in [0, 1] -> [b height width 3] in [-1, 1]: the centre that has this
+    shape, resized with antialiasing."""
+    _, tall, wide, _ = images.shape
+    side = min(tall / height, wide / width)
+    cut_h, cut_w = (min(max(round(n * side), 1), most) for n, most in ((height, tall), (width, wide)))
+    top, left = (tall - cut_h) // 2, (wide - cut_w) // 2
+    scale = 127.5 if images.dtype == jnp.uint8 else 0.5
+    images = images[:, top : top + cut_h, left : left + cut_w].astype(jnp.float32) / scale - 1
+    shape = (images.shape[0], height, width, 3)
+    return jnp.clip(jax.image.resize(images, shape, "bilinear", antialias=True), -1, 1)
+
+
 @functools.partial(jax.jit, static_argnames="shape")
 def initial_latents(seed, indices, shape):
     """Standard normal [len(indices), *shape] float32; image i depends on (seed, i) only."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "shape"))
+def step_noise(seed, indices, steps, shape):
+    """Standard normal [steps, len(indices), *shape] float32, keyed (seed, image, step).
+
+    Steps are folded in first and counted down from the largest number, where no image's key lies.
+    """
+    key = jax.random.key(seed)
+
+    def draw(step):
+        step_key = jax.random.fold_in(key, np.uint32(2**32 - 1) - step)
+        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(step_key, i), shape))(indices)
+
+    return jax.vmap(draw)(jnp.arange(steps, dtype=jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnames="gemma2")

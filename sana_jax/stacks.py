@@ -21,13 +21,18 @@ class Stack:
     integer_time: bool  # the time embedding truncates t
     clamp: bool  # attention output clipped to the range of float16 whatever its dtype
     flow_shift: float | None  # None: the checkpoint's scheduler's (3, and 6 at 4K, if it has none)
+    pag_above: float  # perturbed-attention guidance acts at larger scales only
+    pag_layers: tuple  # where it does unless the caller says otherwise
 
-    def sana_fields(self):
-        """The overrides that this stack puts on a `Sana` module."""
+    def sana_fields(self, guidance_embed=False):
+        """The overrides that this stack puts on a `Sana` module.
+
+        SANA-Sprint's times lie between 0 and 1 in both stacks, and neither truncates them.
+        """
         return {
             "attention_eps": self.attention_eps,
             "cross_norm_eps": self.cross_norm_eps,
-            "integer_time": self.integer_time,
+            "integer_time": self.integer_time and not guidance_embed,
             "clamp": self.clamp,
         }
 
@@ -43,6 +48,8 @@ DIFFUSERS = Stack(
     integer_time=False,
     clamp=False,
     flow_shift=None,
+    pag_above=0.0,
+    pag_layers=(0,),
 )
 
 NVLABS = Stack(
@@ -56,6 +63,8 @@ NVLABS = Stack(
     integer_time=True,
     clamp=True,
     flow_shift=None,
+    pag_above=1.0,
+    pag_layers=(8,),
 )
 
 STACKS = {stack.name: stack for stack in (DIFFUSERS, NVLABS)}

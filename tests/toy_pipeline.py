@@ -138,16 +138,11 @@ def torch_latents(latents):
     return torch.tensor(np.moveaxis(latents, -1, 1))
 
 
-def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, sampler):
-    """Latents that NVlabs' stack would give, from diffusers' modules with its habits substituted.
-
-    The prompt keeps its case and loses its flags, both halves attend with the prompt's mask, the
-    linear attention's eps is 1e-8 and times are truncated (docs/numerics.md 1.5, 4.5, 6).
-    """
+def nvlabs_transformer(transformer):
+    """A copy of diffusers' transformer with NVlabs' constants: eps 1e-8, a clip, truncated times."""
     import copy
 
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 
     class Attention:
         def __call__(self, attn, hidden_states, **_):
@@ -158,11 +153,23 @@ def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, samp
             out = out / (torch.einsum("bnhc,bmhc->bnh", q, k)[..., None] + 1e-8)
             return attn.to_out[0](out.reshape(b, n, d)).clip(-65504, 65504)
 
-    transformer = copy.deepcopy(pipeline.transformer)
+    transformer = copy.deepcopy(transformer)
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(Attention())
     forward = transformer.forward
     transformer.forward = lambda *a, timestep, **k: forward(*a, timestep=timestep.long().float(), **k)
+    return transformer
+
+
+def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, sampler):
+    """Latents that NVlabs' stack would give, from diffusers' modules with its habits substituted.
+
+    The prompt keeps its case and loses its flags, both halves attend with the prompt's mask, the
+    linear attention's eps is 1e-8 and times are truncated (docs/numerics.md 1.5, 4.5, 6).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    transformer = nvlabs_transformer(pipeline.transformer)
     parts = pipeline.components | {"transformer": transformer}
     if sampler == "flow-euler":
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -183,3 +190,46 @@ def nvlabs_oracle(pipeline, instruction, prompts, negative, latents, steps, samp
         1,
         -1,
     )  # fmt: skip
+
+
+def make_sprint_pipeline(kind="SanaSprintPipeline"):
+    """diffusers' SANA-Sprint pipeline, or its img2img one, on the toy parts."""
+    import diffusers
+
+    transformer = make_transformer(sample_size=32, **VARIANTS["sprint"])
+    pipeline = getattr(diffusers, kind)(
+        tokenizer=make_tokenizer(), text_encoder=make_gemma2(), vae=make_dc_ae(),
+        transformer=transformer, scheduler=diffusers.SCMScheduler(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def feed_noise(monkeypatch, *arrays):
+    """Every noise that diffusers' Sprint pipelines draw from now on is the next of these, NHWC.
+
+    Returns the list of what is left of them.
+    """
+    from diffusers.pipelines.sana import pipeline_sana_sprint, pipeline_sana_sprint_img2img
+    from diffusers.schedulers import scheduling_scm
+
+    queue = [torch_latents(array) for array in arrays]
+
+    def draw(shape, **_):
+        assert queue[0].shape == tuple(shape)
+        return queue.pop(0)
+
+    for module in (pipeline_sana_sprint, pipeline_sana_sprint_img2img, scheduling_scm):
+        monkeypatch.setattr(module, "randn_tensor", draw)
+    return queue
+
+
+def make_pag_pipeline(pipeline, layers, **changes):
+    """diffusers' SanaPAGPipeline of another pipeline's parts, some of them changed."""
+    from diffusers import SanaPAGPipeline
+
+    peer = SanaPAGPipeline(
+        **pipeline.components | changes, pag_applied_layers=[f"transformer_blocks.{i}" for i in layers]
+    )
+    peer.set_progress_bar_config(disable=True)
+    return peer

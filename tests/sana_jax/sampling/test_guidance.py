@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sana_jax.sampling import flow_euler as euler
-from sana_jax.sampling.guidance import classifier_free, within
+from sana_jax.sampling.guidance import classifier_free, fading, perturbed_attention, within
 
 X = jnp.ones((2, 3))
 
@@ -47,3 +48,21 @@ def test_within_runs_one_of_two_inside_a_scan():
     jax.block_until_ready(euler.flow_euler(velocity, X, schedule, schedule.sigma))
     jax.effects_barrier()
     assert len(calls) == ((schedule.sigma > 0.5) & (schedule.sigma < 0.9)).sum()
+
+
+def branches(x, t):
+    return -x, 2 * x + t, 5 * x
+
+
+def test_perturbed_attention_guides_away_from_the_perturbed():
+    """v_u + w (v_c - v_u) + s (v_c - v_p) on 1: -1 + 4.5 * 4 + s (3 - 5), at t = 1."""
+    for s in (0.0, 2.0):
+        v = perturbed_attention(branches, 4.5, lambda t: s * t)(X, 1.0)
+        np.testing.assert_allclose(v, (17 - 2 * s) * X, rtol=1e-6)
+    without = perturbed_attention(lambda x, t: branches(x, t)[1:], 4.5, lambda t: 2.0)
+    np.testing.assert_allclose(without(X, 1.0), (3 - 2 * 2) * X, rtol=1e-6)
+
+
+def test_fading():
+    faded = [float(fading(3.0, 0.01, jnp.float32(t))) for t in (1000, 900, 700, 500)]
+    assert faded == pytest.approx([3, 2, 0, 0]) and float(fading(3.0, 0.0, 1.0)) == 3
