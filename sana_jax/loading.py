@@ -1,240 +1,34 @@
-"""From published folders to modules with parameters.
+"""A whole pipeline, from a folder as diffusers publishes it or from parts.
 
-    sana, params = load_sana("folder/transformer")
     pipeline = load_pipeline("folder")
+    pipeline = load_pipeline("Sana_1600M_1024px.pth", dc_ae="dc-ae-f32c32-sana-1.0", text="gemma-2-2b-it")
 
-The layout is that of diffusers: model_index.json, scheduler/, tokenizer/, text_encoder/,
+The layout of a folder is that of diffusers: model_index.json, scheduler/, tokenizer/, text_encoder/,
 transformer/, vae/.  What it cannot say (which instruction and which stack) stands in sana_jax.json.
 """
 
-import dataclasses
 import os
 import pathlib
-import re
-import warnings
-from typing import NamedTuple
 
-import flax.linen as nn
-import flax.traverse_util
-import jax
-import numpy as np
-
-from sana_jax import precision, text
-from sana_jax.checkpoints import dc_ae as dc_ae_names
-from sana_jax.checkpoints import gemma2 as gemma2_names
-from sana_jax.checkpoints import sana as sana_names
-from sana_jax.checkpoints.read import Checkpoint, open_checkpoint, read_json
-from sana_jax.checkpoints.rules import check, slots, to_flax
-from sana_jax.errors import InputError, nearest, require_choice, require_positive
-from sana_jax.models.dc_ae import DCAE
-from sana_jax.models.gemma2 import Gemma2
-from sana_jax.models.sana import Sana
+from sana_jax import memory, precision, schedulers
+from sana_jax.checkpoints import sana as sana_format
+from sana_jax.checkpoints.pickles import SUFFIXES
+from sana_jax.checkpoints.read import read_json
+from sana_jax.components import load_dc_ae as load_dc_ae
+from sana_jax.components import load_gemma2 as load_gemma2
+from sana_jax.components import load_sana as load_sana
+from sana_jax.components import parameter_shapes as parameter_shapes
+from sana_jax.components import prepare_dc_ae, prepare_gemma2, prepare_sana
+from sana_jax.components import published_rules as published_rules
+from sana_jax.errors import InputError, require_choice
+from sana_jax.hub import find_model as find_model
+from sana_jax.hub_names import parse
 from sana_jax.pipeline import Pipeline, TextEncoder
 from sana_jax.stacks import STACKS, Stack
+from sana_jax.text import load_tokenizer
 
 EXTRAS = "sana_jax.json"  # our own file in a pipeline folder
-KINDS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "text_encoder": "gemma2"}
-
-
-def parameter_shapes(module):
-    """{path: shape} of a module's parameters, without computing any."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
-
-
-def published_rules(module):
-    """The published table of a module's structure."""
-    if isinstance(module, Sana):
-        return sana_names.diffusers_rules(
-            module.heads, module.cross_heads, module.qk_norm, module.guidance_embed
-        )
-    if isinstance(module, DCAE):
-        return dc_ae_names.diffusers_rules(
-            module.encoder_depths, module.decoder_depths, module.encoder_attention, module.decoder_attention
-        )
-    return gemma2_names.transformers_rules()
-
-
-class Prepared(NamedTuple):
-    """A module and a checkpoint whose header was found to fit it; no weights are read yet."""
-
-    module: nn.Module
-    shapes: dict
-    checkpoint: Checkpoint
-
-    def read(self):
-        """(module, params).  Raises CheckpointError: weights that are truncated or not finite."""
-        leaves = to_flax(
-            published_rules(self.module),
-            self.shapes,
-            self.checkpoint.header,
-            self.checkpoint.tensors(),
-            np.dtype(self.module.param_dtype),
-            self.checkpoint.source,
-        )
-        # One leaf at a time, so that an accelerator's copy and the host's do not both grow; on a
-        # CPU the array itself is taken over.
-        params = {path: jax.device_put(leaves.pop(path)) for path in list(leaves)}
-        return self.module, flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def _prepare(module_class, fields, overrides, checkpoint):
-    """The module of these fields, dtypes settled, and the checkpoint checked against it."""
-    names = [f.name for f in dataclasses.fields(module_class) if f.name not in ("parent", "name")]
-    for name, value in overrides.items():
-        if name not in names:
-            raise InputError(f"{name}={value!r}: {module_class.__name__} has no such field{nearest(name, names)}")
-    auto = [k for k in ("dtype", "param_dtype") if isinstance(overrides.get(k), str) and overrides[k] == "auto"]
-    fields = fields | {k: v for k, v in overrides.items() if k not in auto}
-    default = precision.stored(checkpoint.dtypes, checkpoint.source)
-    fields["param_dtype"] = precision.parse(fields.get("param_dtype", fields.get("dtype", default)))
-    fields["dtype"] = precision.parse(fields.get("dtype", fields["param_dtype"]))
-    module = module_class(**fields)
-    try:
-        shapes = parameter_shapes(module)
-    except (ArithmeticError, TypeError, ValueError) as error:  # heads that do not divide a width, say
-        given = "".join(f", {name}={value!r}" for name, value in overrides.items())
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{checkpoint.source}: its structure{given} builds no {module_class.__name__}: {reason}") from error
-    check(slots(published_rules(module), shapes), shapes, checkpoint.header, checkpoint.source)
-    return Prepared(module, shapes, checkpoint)
-
-
-def _component(path, subfolder):
-    """(folder or file to read, its config or None).  Raises InputError with a hint."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    if path.is_file():
-        return path, None
-    if (path / "config.json").is_file():
-        config = read_json(path / "config.json")
-        kind = config.get("_class_name") or config.get("model_type") or KINDS[subfolder]
-        if kind != KINDS[subfolder]:
-            raise InputError(f"{path}: holds {kind}, must hold {KINDS[subfolder]}: is this the right folder?")
-        return path, config
-    if (path / subfolder).is_dir():
-        raise InputError(f"{path}: is a whole pipeline; pass {path / subfolder}, or use load_pipeline")
-    return path, None
-
-
-def load_sana(path, **overrides):
-    """A Linear-DiT from a diffusers `transformer/` folder or one .safetensors file.
-
-    Args:
-      path: folder with config.json and weights (sharded or not), or a file; without a config the
-        structure is inferred from names and shapes.
-      **overrides: fields of `Sana`, e.g. `dtype="bf16"`, `cross_heads=8`, `position_scale=2.0`.
-    Returns:
-      (Sana, params): `sana.apply({"params": params}, x, t, states, mask)`.
-    Raises:
-      InputError: wrong folder, config or override.  CheckpointError: weights that do not fit.
-    """
-    return _prepare_sana(path, **overrides).read()
-
-
-def _prepare_sana(path, **overrides):
-    folder, config = _component(path, "transformer")
-    source = str(folder / "config.json")
-    fields = sana_names.config_fields(config, source) if config is not None else None
-    checkpoint = open_checkpoint(folder)
-    if fields is None:
-        fields = sana_names.infer_fields(checkpoint.header, overrides)
-    return _prepare(Sana, fields, overrides, checkpoint)
-
-
-def load_dc_ae(path, **overrides):
-    """A DC-AE from a diffusers `vae/` folder or one .safetensors file; see `load_sana`.
-
-    Returns:
-      (DCAE, params): `dc_ae.apply({"params": params}, images, method="encode")`, and "decode".
-    """
-    return _prepare_dc_ae(path, **overrides).read()
-
-
-def _prepare_dc_ae(path, **overrides):
-    folder, config = _component(path, "vae")
-    fields = dc_ae_names.config_fields(config) if config is not None else None
-    checkpoint = open_checkpoint(folder)
-    if fields is None:
-        fields = dc_ae_names.infer_fields(checkpoint.header)
-    return _prepare(DCAE, fields, overrides, checkpoint)
-
-
-def load_gemma2(path, **overrides):
-    """A Gemma-2 decoder from a transformers folder (with or without its language-model head).
-
-    Returns:
-      (Gemma2, params): `gemma2.apply({"params": params}, ids, mask) -> states`.
-    """
-    return _prepare_gemma2(path, **overrides).read()
-
-
-def _prepare_gemma2(path, **overrides):
-    folder, config = _component(path, "text_encoder")
-    if config is None:
-        raise InputError(f"{folder}: config.json is absent; Gemma-2's heads cannot be told from its weights")
-    fields = gemma2_names.config_fields(config, str(folder / "config.json"))
-    checkpoint = open_checkpoint(folder, stems=("model",), rename=gemma2_names.rename)
-    return _prepare(Gemma2, fields, overrides, gemma2_names.without_unused(checkpoint))
-
-
-def find_model(model, revision=None):
-    """The local folder of a model: `model` itself, or the files of a Hugging Face repository."""
-    if not isinstance(model, (str, os.PathLike)):
-        raise InputError(f"model={model!r}: must be a path or a Hugging Face id, not a {type(model).__name__}")
-    folder = pathlib.Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise InputError(f"model={str(model)!r}: must be a folder in diffusers layout, or a Hugging Face id (owner/name)")
-    import huggingface_hub
-
-    patterns = ["model_index.json", EXTRAS, "*/*.json", "*/*.safetensors", "tokenizer/*"]
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=patterns)
-        )
-    except Exception as error:  # the hub raises many kinds; each becomes one line that names the model
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model={str(model)!r}: not a local folder, and the download failed: {detail}") from error
-
-
-SCHEDULERS = {  # keys of scheduler_config.json that change the pictures: the values we can follow
-    "_class_name": ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "prediction_type": ("flow_prediction",),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
-    "final_sigmas_type": ("zero",),
-    "use_flow_sigmas": (True,),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "thresholding": (False,),
-    "euler_at_final": (False,),
-    "num_train_timesteps": (1000,),
-}
-
-
-def read_flow_shift(folder):
-    """The flow shift of a scheduler folder, or None without one.
-
-    Raises InputError: a scheduler that neither of our samplers follows.  Warns of Euler's, since the
-    sampler is chosen by the caller.
-    """
-    path = pathlib.Path(folder) / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    for key, allowed in SCHEDULERS.items():
-        require_choice(f"{path}: {key}", config.get(key, allowed[0]), allowed)
-    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        warnings.warn(f"{path}: these weights came with Euler; sampler='flow-euler' follows it", stacklevel=3)
-    shift = config.get("flow_shift", config.get("shift"))
-    return require_positive(f"{path}: flow_shift", shift, float, none=True)
+PARTS = {"dc_ae": "vae", "text": "text_encoder"}  # argument of load_pipeline: folder of a pipeline
 
 
 def _read_extras(path):
@@ -248,55 +42,137 @@ def _read_extras(path):
     return extras
 
 
-def load_pipeline(model, *, dtype="auto", stack="auto", revision=None):
-    """A whole pipeline from a folder in diffusers layout.
+def _is_component(path):
+    """Whether a path is one part of a pipeline by itself: a weight file, or a folder with its config."""
+    if path.is_file():
+        return path.suffix in (".safetensors", *SUFFIXES)
+    return (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+
+
+def _part(argument, given, find):
+    """The path of a part: what `given` is, or that part of the pipeline that it is."""
+    path = find(given, part=PARTS[argument])
+    inner = path / PARTS[argument]
+    return inner if (path / "model_index.json").is_file() or (inner.is_dir() and not _is_component(path)) else path
+
+
+def _paths(model, find, given):
+    """({"transformer", "vae", "text_encoder", "tokenizer": path}, the pipeline folder or None).
+
+    Raises InputError: neither a pipeline folder nor all of its parts.
+    """
+    path = find(model)
+    folder = None if _is_component(path) else path
+    if folder is None:
+        paths = {"transformer": path}
+        if missing := [f"{name}=" for name, value in given.items() if value is None]:
+            what = "is a file" if path.is_file() else "has no model_index.json, is not a pipeline in diffusers layout; this is a component folder"
+            raise InputError(
+                f"{path}: {what}; a transformer alone needs {' and '.join(missing)} too (dc_ae= a DC-AE folder or file, "
+                "text= a Gemma-2 folder with its tokenizer, either a pipeline folder to take it from)"
+            )
+    elif not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout")
+    else:
+        paths = {name: folder / name for name in ("transformer", "vae", "text_encoder", "tokenizer")}
+    if given["dc_ae"] is not None:
+        paths["vae"] = _part("dc_ae", given["dc_ae"], find)
+    if given["text"] is not None:
+        paths["text_encoder"] = encoder = _part("text", given["text"], find)
+        beside = encoder.parent / "tokenizer"
+        paths["tokenizer"] = beside if encoder.name == "text_encoder" and beside.is_dir() else encoder
+    return paths, folder
+
+
+def load_pipeline(
+    model, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None, mesh=None,
+    transformer=None,
+):  # fmt: skip
+    """A whole pipeline from a folder in diffusers layout, or from its parts.
 
     Args:
-      model: the folder, or a Hugging Face id (owner/name).
+      model: the folder; a Hugging Face id or short name (see `hub.find_model`); or a transformer alone
+        (NVlabs' .pth, a .safetensors file, a component folder), which needs the two parts below.
       dtype: of the transformer: "auto", a name (fp32, bf16, fp16, ...) or a jnp dtype.  "auto" is
         the published dtype of a known repository name, else that of the stored weights.  The text
         encoder and the autoencoder follow, with bfloat16 in place of float16, which they overflow.
-      stack: "auto" (sana_jax.json, else "diffusers"), "diffusers", "nvlabs" or a `Stack`.
+      stack: "auto" (sana_jax.json, else "nvlabs" for weights in NVlabs' names, else "diffusers"),
+        "diffusers", "nvlabs" or a `Stack`.
       revision: branch, tag or commit of a Hugging Face id.
+      variant: of the weight files ("fp16", "bf16"); None chooses for the dtype, see
+        `checkpoints.read.choose_variant`.
+      dc_ae: an autoencoder instead of the folder's: a folder or file in diffusers' or efficientvit's
+        names, or a pipeline whose vae/ is taken.
+      text: a text encoder instead of the folder's: a Gemma-2 folder with its tokenizer beside the
+        weights, or a pipeline whose text_encoder/ and tokenizer/ are taken.
+      mesh: devices to lay the parameters over, see `sharding.make_mesh`.
+      transformer: further arguments of `components.load_sana`, for what a single file does not tell, e.g.
+        {"sample_size": 64, "position_scale": 1.0} or {"entry": "state_dict_ema"}.
     Returns:
       A `Pipeline`.
     Raises:
       InputError, CheckpointError: one message that names what does not fit.
+    """
+    prepared, build = prepare_pipeline(
+        model, dtype=dtype, stack=stack, revision=revision, variant=variant, dc_ae=dc_ae, text=text, transformer=transformer
+    )  # fmt: skip
+    needed = sum(memory.parameter_bytes(part.shapes, part.module.param_dtype) for part in prepared)
+    memory.require_memory(needed, model, mesh and mesh.devices.flat)
+    return build(*(part.read(mesh) for part in prepared))
+
+
+def prepare_pipeline(
+    model, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None,
+    as_stored=False, transformer=None,
+):  # fmt: skip
+    """`load_pipeline` up to the point where weights are read.
+
+    `as_stored`: "auto" is what the files hold and nothing else.
+    Returns:
+      ([transformer, autoencoder, text encoder], each a `Prepared`; their (module, params) -> Pipeline).
     """
     auto = isinstance(dtype, str) and dtype == "auto"
     if not auto:
         dtype = precision.parse(dtype)
     if not isinstance(stack, Stack):
         require_choice("stack", stack, ("auto", *STACKS))
-    folder = find_model(model, revision)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        hint = "; this is a component folder" if (folder / "config.json").is_file() else ""
-        raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout{hint}")
-    kind = read_json(index).get("_class_name")
-    require_choice(f"{index}: _class_name", kind, ("SanaPipeline", "SanaPAGPipeline"))
-    extras = _read_extras(folder / EXTRAS)
 
-    name = str(model).rstrip("/").split("/")[-1]
-    main = precision.published(name) if auto else dtype
-    main_dtype = {} if main is None else {"dtype": main}
+    def find(what, part=None):
+        own = {"revision": revision, "variant": variant} if part is None else {"part": part}
+        return pathlib.Path(find_model(what, wanted=precision.short(dtype), **own))
 
-    def other(component):  # text encoder and autoencoder
-        chosen = dtype
-        if auto:
-            found = open_checkpoint(folder / component)
-            chosen = precision.stored(found.dtypes, found.source)
-        return {"dtype": precision.without_float16(chosen)}
+    paths, folder = _paths(model, find, {"dc_ae": dc_ae, "text": text})
+    extras, flow_shift = {}, None
+    if folder is not None:
+        index = folder / "model_index.json"
+        kind = read_json(index).get("_class_name")
+        require_choice(f"{index}: _class_name", kind, tuple(schedulers.PIPELINES))
+        extras, flow_shift = _read_extras(folder / EXTRAS), schedulers.read_flow_shift(folder / "scheduler")
 
-    flow_shift = read_flow_shift(folder / "scheduler")
-    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    name = str(model) if os.path.exists(model) else parse(model, revision).repo
+    published = precision.published(name.rstrip("/").split("/")[-1]) if auto and not as_stored else None
+
+    def follow(prepare, path, variant, runs_in, **how):
+        found = prepare(path, variant=variant, dtype=dtype if auto else runs_in(dtype), **how)
+        final = runs_in(found.module.dtype)
+        return found._replace(module=found.module.clone(dtype=final, param_dtype=final))
+
+    other = (lambda own: own) if as_stored and auto else precision.without_float16
+    tokenizer = load_tokenizer(paths["tokenizer"])
     prepared = [  # all of them before the first weight is read
-        _prepare_sana(folder / "transformer", **main_dtype),
-        _prepare_dc_ae(folder / "vae", **other("vae")),
-        _prepare_gemma2(folder / "text_encoder", **other("text_encoder")),
+        follow(prepare_sana, paths["transformer"], variant, lambda own: published or own, published=published, **transformer or {}),
+        follow(prepare_dc_ae, paths["vae"], variant if dc_ae is None else None, other),
+        follow(prepare_gemma2, paths["text_encoder"], variant if text is None else None, other),
     ]
-    sana, dc_ae, gemma2 = (part.read() for part in prepared)
-    encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
+    if folder is not None:
+        schedulers.check_pipeline_class(index, kind, prepared[0].module)
     if stack == "auto":
-        stack = extras.get("stack", "diffusers")
-    return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift)
+        original = sana_format.is_nvlabs(prepared[0].checkpoint.header)
+        stack = extras.get("stack", "nvlabs" if original else "diffusers")
+
+    def build(sana, dc_ae, gemma2):
+        encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
+        return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift)
+
+    build(*((part.module, {}) for part in prepared))  # parts that do not belong together are refused here
+    return prepared, build

@@ -107,8 +107,14 @@ def import_problems(tree, path):
                 yield f"unsafe import {name}"
 
 
-def unsafe_problems(tree):
+UNPICKLER = "sana_jax/unpickle.py"  # the one file that opens pickles, in a process of its own
+
+
+def unsafe_problems(tree, path):
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            if path != UNPICKLER or "weights_only=True" not in map(ast.unparse, node.keywords):
+                yield f"torch.load: only {UNPICKLER} may, with weights_only=True"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS:
             yield f"unsafe call {ast.unparse(node.func)}"
         if isinstance(node, ast.keyword) and node.arg in UNSAFE_ARGUMENTS:
@@ -122,7 +128,7 @@ def problems(path, source):
     tree = ast.parse(source)
     found = list(import_problems(tree, path))
     if path.startswith("sana_jax/"):
-        found += unsafe_problems(tree)
+        found += unsafe_problems(tree, path)
     if pathlib.PurePosixPath(path).name == "utils.py":
         found.append("a file named utils.py says nothing of what is in it")
     if (lines := len(source.splitlines())) > MAX_LINES:
@@ -194,6 +200,9 @@ def test_the_contract_meets_files():
         ("sana_jax/a.py", "np.load(f, allow_pickle=True)", "unsafe argument allow_pickle"),
         ("sana_jax/a.py", "f(trust_remote_code=False)", "unsafe argument trust_remote_code"),
         ("sana_jax/a.py", "f(**{'trust_remote_code': 1})", "unsafe argument trust_remote_code"),
+        ("sana_jax/a.py", "torch.load(f, weights_only=True)", "torch.load: only sana_jax/unpickle.py"),
+        ("sana_jax/unpickle.py", "torch.load(f)", "torch.load: only sana_jax/unpickle.py"),
+        ("sana_jax/unpickle.py", "torch.load(f, weights_only=False)", "with weights_only=True"),
         ("sana_jax/models/utils.py", "", "utils.py"),
         ("tests/test_long.py", "x = 1\n" * (MAX_LINES + 1), "401 lines"),
     ],
@@ -210,6 +219,7 @@ def test_each_rule_rejects(path, source, problem):
         ("sana_jax/models/a.py", "import flax.linen as nn\nfrom sana_jax import ops\nmodel.eval()"),
         ("sana_jax/checkpoints/a.py", "import json, numpy\nfrom ..errors import CheckpointError"),
         ("sana_jax/ops.py", "import pallas_kernels"),
+        ("sana_jax/unpickle.py", "torch.load(f, mmap=True, weights_only=True)"),
         ("sana_jax/text.py", "def f():\n from transformers import GemmaTokenizer"),
         ("sana_jax/a.py", "yaml.safe_load(f)\nast.literal_eval(s)\n'no pickle here'"),
         ("tests/test_a.py", "import torch, pickle\nfrom tests import peers"),

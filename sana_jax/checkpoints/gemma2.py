@@ -1,7 +1,5 @@
 """Gemma 2: names and config of transformers' Gemma2Model <-> ours (docs/numerics.md 2.4, 3.4)."""
 
-import dataclasses
-
 from sana_jax.checkpoints.rules import LINEAR, Rule
 from sana_jax.errors import InputError, nearest, require_choice, require_positive
 
@@ -37,16 +35,6 @@ def transformers_rules():
 def rename(name):
     """Stored name -> the table's name: Gemma2ForCausalLM puts its decoder under "model."."""
     return name.removeprefix("model.")
-
-
-def without_unused(checkpoint):
-    """The checkpoint without the tensors named in UNUSED; any other surplus stays an error."""
-    files = {
-        path: {stored: name for stored, name in names.items() if name not in UNUSED}
-        for path, names in checkpoint.files.items()
-    }
-    header = {name: value for name, value in checkpoint.header.items() if name not in UNUSED}
-    return dataclasses.replace(checkpoint, header=header, files=files)
 
 
 # config.json key -> field of `Gemma2`, its type, and the default of both.

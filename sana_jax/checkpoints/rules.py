@@ -69,6 +69,22 @@ def packed_bias(part, parts, heads):
     )
 
 
+def fused_kernel(parts, heads):
+    """The same leaf as `packed_kernel` where torch fuses its parts: torch (parts * heads * c, in)."""
+    return Layout(
+        lambda a: a.reshape(a.shape[0], heads, parts, -1).transpose(2, 1, 3, 0),
+        lambda s: (s[0] * s[1] * s[2], s[3]),
+    )
+
+
+def fused_bias(parts, heads):
+    """Bias of such a fused projection: leaf [heads * parts * c], torch (parts * heads * c,)."""
+    return Layout(
+        lambda a: a.reshape(heads, parts, -1).transpose(1, 0, 2),
+        lambda s: (s[0] * s[1] * s[2],),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """`torch` name <-> `flax` path ("a/b/kernel").  `{i}` ranges over axis 0 of the leaf."""
@@ -146,7 +162,12 @@ def _overlap(several, shape):
 
 def _listed(title, items):
     more = [f"... and {len(items) - LISTED} more"] if len(items) > LISTED else []
-    return [f"{title} ({len(items)}):"] + [f"  {i}" for i in items[:LISTED] + more] if items else []
+    return [f"{title} ({len(items)}):"] + [f"  {_shown(i)}" for i in items[:LISTED] + more] if items else []
+
+
+def _shown(text):
+    """A foreign name as one short line, whatever a file put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200]) + "..." * (len(text) > 200)
 
 
 def check(table: Mapping[str, Slot], shapes: Mapping[str, tuple], header: Mapping[str, tuple], source):
@@ -190,8 +211,24 @@ def _aligned_empty(shape, dtype, alignment=64):
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _put(view, tensor, name):
+    """Writes a tensor through its view; returns what is wrong with its numbers, a list of one or none."""
+    broken = [] if _finite(tensor) else [name]
+    with np.errstate(over="ignore"):
+        view[...] = tensor.reshape(view.shape)
+    narrower = ml_dtypes.finfo(tensor.dtype).max > ml_dtypes.finfo(view.dtype).max
+    if narrower and not broken and not np.isfinite(view).all():
+        broken.append(f"{name} (overflows {view.dtype.name})")
+    return broken
+
+
+def _raise_if_broken(broken, source):
+    if broken:
+        raise CheckpointError("\n  ".join([f"{source} holds NaN or infinity"] + _listed("tensors", broken)))
+
+
 def to_flax(rules, shapes, header, tensors, dtype, source="checkpoint") -> dict[str, np.ndarray]:
-    """Streams a checkpoint into new leaves of `dtype`, {path: array}.
+    """A stream of tensors into new leaves of `dtype`, {path: array}, all of them on the host.
 
     Args:
       rules: the format's table.
@@ -209,21 +246,54 @@ def to_flax(rules, shapes, header, tensors, dtype, source="checkpoint") -> dict[
     leaves = {path: _aligned_empty(shape, dtype) for path, shape in shapes.items()}
     filled, broken = set(), []
     for name, tensor in tensors:
-        slot = table[name]
-        if not _finite(tensor):
-            broken.append(name)
-        view = slot.view(leaves[slot.path])
-        with np.errstate(over="ignore"):
-            view[...] = tensor.reshape(view.shape)
-        narrower = ml_dtypes.finfo(tensor.dtype).max > ml_dtypes.finfo(view.dtype).max
-        if narrower and name not in broken and not np.isfinite(view).all():
-            broken.append(f"{name} (overflows {view.dtype.name})")
+        broken += _put(table[name].view(leaves[table[name].path]), tensor, name)
         filled.add(name)
     if unread := table.keys() - filled:
         raise CheckpointError(f"{source}: announced but not read: {', '.join(sorted(unread)[:LISTED])}")
-    if broken:
-        raise CheckpointError("\n  ".join([f"{source} holds NaN or infinity"] + _listed("tensors", broken)))
+    _raise_if_broken(broken, source)
     return leaves
+
+
+def leaf_by_leaf(rules, shapes, header, read, dtype, put, pieces=None, source="checkpoint") -> dict:
+    """The same one leaf after the other, for arrays that go elsewhere: {path: put(path, arrays)}.
+
+    Args:
+      rules, shapes, header, dtype, source: as in `to_flax`.
+      read: torch name -> array.
+      put: takes a path and the arrays of its pieces, which it may keep.
+      pieces: path -> the parts of that leaf which are wanted, each a tuple of slices; None is one
+        part, the whole.
+    The host holds the pieces of one leaf, one tensor, and one layer where a piece is not the whole.
+    """
+    table = slots(rules, shapes)
+    check(table, shapes, header, source)
+    of_leaf = {path: collections.defaultdict(list) for path in shapes}
+    for name, slot in table.items():
+        of_leaf[slot.path][slot.layer].append((name, slot))
+    out, broken = {}, []
+    for path, shape in shapes.items():
+        wanted = pieces(path) if pieces else [tuple(slice(0, n) for n in shape)]
+        arrays = [
+            _aligned_empty([len(range(*s.indices(n))) for s, n in zip(piece, shape, strict=True)], dtype)
+            for piece in wanted
+        ]
+        whole = arrays[0] if len(arrays) == 1 and arrays[0].shape == shape else None
+        for layer, entries in of_leaf[path].items():
+            if whole is not None:
+                place = whole if layer is None else whole[layer]
+            else:
+                place = np.empty(shape if layer is None else shape[1:], dtype)
+            for name, slot in entries:
+                broken += _put(slot.layout.view(place), read(name), name)
+            for array, piece in zip(arrays, wanted):
+                if whole is None and layer is None:
+                    array[...] = place[piece]
+                elif whole is None and layer in range(*piece[0].indices(shape[0])):
+                    array[layer - piece[0].indices(shape[0])[0]] = place[piece[1:]]
+        out[path] = put(path, arrays)
+        arrays = whole = place = array = None  # gone before the next leaf is made
+    _raise_if_broken(broken, source)
+    return out
 
 
 def to_torch(rules, leaves: Mapping[str, np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:

@@ -49,7 +49,7 @@ def write_safetensors(folder, stem, tensors, shard_bytes=SHARD_BYTES):
 
     try:
         for name, array in tensors:
-            array = np.ascontiguousarray(array)
+            array = np.asarray(array, order="C")  # and not ascontiguousarray, which has no scalars
             if pending and size + array.nbytes > shard_bytes:
                 flush()
                 size = 0

@@ -1,6 +1,5 @@
 """Folders to modules and back, on a toy pipeline that diffusers wrote."""
 
-import fnmatch
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import loading, saving
+from sana_jax import loading, saving, schedulers
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
 from sana_jax.errors import CheckpointError, InputError
@@ -164,8 +163,12 @@ def test_variants_and_shards_as_the_peers_write_them(toy_folder, tmp_path, bits)
         (lambda f: (f / "model_index.json").unlink(), {}, "has no model_index.json, is not a pipeline"),
         (lambda f: (f / "model_index.json").write_text("x"), {}, "model_index.json: not valid JSON"),
         (
+            lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), {},
+            "model_index.json: _class_name='FluxPipeline': must be one of 'SanaPipeline', 'SanaPAGPipeline', 'SanaSprint",
+        ),
+        (
             lambda f: edit(f / "model_index.json", _class_name="SanaSprintPipeline"), {},
-            "model_index.json: _class_name='SanaSprintPipeline': must be one of 'SanaPipeline', 'SanaPAGPipeline'",
+            "_class_name='SanaSprintPipeline' has a SANA-Sprint transformer, but guidance_embeds=False",
         ),
         (lambda f: edit(f / "sana_jax.json", stack="nvidia"), {}, "sana_jax.json: stack='nvidia': must be one of"),
         (lambda f: edit(f / "sana_jax.json", complex_human_instruction=[1]), {}, r"_instruction=\[1\]: must be a str"),
@@ -199,20 +202,6 @@ def test_models_that_are_nowhere(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="must be a folder in diffusers layout|not a local folder|model_index") as caught:
         load_pipeline(model)
     assert "\n" not in str(caught.value)
-
-
-def test_a_download_takes_every_file_that_is_read(toy_folder, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.update(k, id=a[0]) or toy_folder)
-    model = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-    assert dtypes(load_pipeline(model, revision="main")) == ["bfloat16", "float32", "float32"]
-    assert (asked["id"], asked["revision"]) == (model, "main")
-    for file in filter(lambda path: path.is_file(), toy_folder.rglob("*")):
-        name = file.relative_to(toy_folder).as_posix()
-        assert any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"]), name
-    assert not any(fnmatch.fnmatch("transformer/pickled.bin", pattern) for pattern in asked["allow_patterns"])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +246,6 @@ def test_scheduler(copy, pipeline):
     edit(file, flow_shift=5.5)
     assert load_pipeline(copy).flow_shift == 5.5
     edit(file, flow_shift=None, shift=2)
-    assert loading.read_flow_shift(copy / "scheduler") == 2
+    assert schedulers.read_flow_shift(copy / "scheduler") == 2
     file.unlink()
-    assert loading.read_flow_shift(copy / "scheduler") is None
+    assert schedulers.read_flow_shift(copy / "scheduler") is None

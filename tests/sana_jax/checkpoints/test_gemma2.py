@@ -105,7 +105,7 @@ def test_round_trip_is_exact(tmp_path, prefix, head):
     if head:
         stored["lm_head.weight"] = state["embed_tokens.weight"]
     safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
-    checkpoint = gemma2.without_unused(read.open_checkpoint(tmp_path, rename=gemma2.rename))
+    checkpoint = read.open_checkpoint(tmp_path, rename=gemma2.rename).without(gemma2.UNUSED)
     leaves = convert(checkpoint)
     assert leaves["layers/gate/kernel"].shape == (2, 24, 40)
     back = dict(rules.to_torch(gemma2.transformers_rules(), leaves))
@@ -119,7 +119,7 @@ def test_only_the_head_is_dropped(tmp_path):
     for name in ("lm_head.bias", "score.weight", "layers.2.input_layernorm.weight"):
         state[name] = np.zeros(24, np.float32)
     safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
-    checkpoint = gemma2.without_unused(read.open_checkpoint(tmp_path, rename=gemma2.rename))
+    checkpoint = read.open_checkpoint(tmp_path, rename=gemma2.rename).without(gemma2.UNUSED)
     with pytest.raises(CheckpointError) as error:
         convert(checkpoint)
     for name in ("lm_head.bias", "score.weight", "layers.2.input_layernorm.weight"):

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from sana_jax.checkpoints import read, rules, write
-from sana_jax.checkpoints.read import find_files, open_checkpoint
+from sana_jax.checkpoints.read import choose_variant, find_files, open_checkpoint, variants
 from sana_jax.errors import CheckpointError, InputError
 
 STEM = "diffusion_pytorch_model"
@@ -171,7 +171,7 @@ def test_variants(tmp_path):
     assert find_files(tmp_path, (STEM,)) == ([tmp_path / f"{STEM}.fp16.safetensors"], None), "the only one"
     save(tmp_path / "shard.safetensors", a=[1.0])
     save_index(tmp_path / f"{STEM}.safetensors.index.bf16.json", a="shard.safetensors")
-    with pytest.raises(InputError, match="no weights.*; variants here: bf16, fp16$"):
+    with pytest.raises(InputError, match="no plain weights, and variants bf16, fp16: choose one with variant=$"):
         find_files(tmp_path, (STEM,))
     assert find_files(tmp_path, (STEM,), "bf16")[0] == [tmp_path / "shard.safetensors"]
     assert find_files(tmp_path, (STEM,), "fp16")[0] == [tmp_path / f"{STEM}.fp16.safetensors"]
@@ -179,6 +179,33 @@ def test_variants(tmp_path):
         find_files(tmp_path, (STEM,), "fp32")
     save(tmp_path / SINGLE, a=[1.0])
     assert find_files(tmp_path, (STEM,))[0] == [tmp_path / SINGLE], "the plain file comes first"
+
+
+@pytest.mark.parametrize(
+    "available, wanted, published, chosen",
+    [
+        ({None}, None, None, None), ({None, "bf16", "fp16"}, None, None, None), ({None, "fp16"}, None, "fp16", None),
+        ({None, "bf16", "fp16"}, "bf16", None, "bf16"), ({None, "bf16", "fp16"}, "fp16", "bf16", "fp16"),
+        ({None, "bf16"}, "fp32", None, None), ({None, "fp16"}, "bf16", None, None),
+        ({"bf16", "fp16"}, None, "fp16", "fp16"), ({"bf16", "fp16"}, "fp32", "bf16", "bf16"),
+        ({"fp16"}, "fp32", None, "fp16"), ({"int8"}, "bf16", "fp16", "int8"),
+        ({"bf16", "fp16"}, None, None, InputError), ({"int8", "fp16"}, "bf16", None, InputError), (set(), "fp32", None, InputError),
+    ],
+)  # fmt: skip
+def test_the_policy_of_variants(available, wanted, published, chosen):
+    if chosen is not InputError:
+        assert choose_variant(available, wanted, published) == chosen
+        return
+    with pytest.raises(InputError, match="vae: no plain weights, and variants .*variant=|vae: no weights in") as caught:
+        choose_variant(available, wanted, published, source="vae")
+    assert all(name in str(caught.value) for name in available)
+
+
+def test_variants_among_file_names():
+    names = ["config.json", f"{STEM}.fp16.safetensors", INDEX, f"{STEM}-00001-of-00002.safetensors", "model.bin"]
+    names += [f"{STEM}.safetensors.index.bf16.json", f"{STEM}.bf16-00001-of-00002.safetensors", "other.int8.safetensors"]
+    assert variants(names) == {None, "fp16", "bf16"}
+    assert variants(["model.safetensors"], ("model",)) == {None} and variants(["model.safetensors"], (STEM,)) == set()
 
 
 def test_writing_one_file(tmp_path):

@@ -42,6 +42,11 @@ BY_HAND = {
     "packed kernel 2": (rules.packed_kernel(2, 3, HEADS), WIDE, [[4, 16], [5, 17], [10, 22], [11, 23]]),
     "packed bias 0": (rules.packed_bias(0, 2, HEADS), np.arange(8.0), [0, 1, 4, 5]),
     "packed bias 1": (rules.packed_bias(1, 2, HEADS), np.arange(8.0), [2, 3, 6, 7]),
+    "fused kernel": (  # rows: both heads of part 0, then of part 1, then of part 2
+        rules.fused_kernel(3, HEADS), WIDE,
+        [[0, 12], [1, 13], [6, 18], [7, 19], [2, 14], [3, 15], [8, 20], [9, 21], [4, 16], [5, 17], [10, 22], [11, 23]],
+    ),
+    "fused bias": (rules.fused_bias(2, HEADS), np.arange(8.0), [0, 1, 4, 5, 2, 3, 6, 7]),
 }  # fmt: skip
 
 
@@ -175,6 +180,33 @@ def test_nan_and_infinity_are_named(stored, bad, to):
     assert str(caught.value).splitlines()[1:] == ["  tensors (1):", "    b"]
     state["b"][2, 3] = -60000  # large, and finite in each of these
     assert all(np.isfinite(leaf).all() for leaf in convert(table, leaves, state, to).values())
+
+
+@pytest.mark.parametrize("cut", [(slice(None),), (slice(0, 1), slice(1, 2)), (slice(0, 2), slice(2, 4))])
+def test_pieces_of_a_leaf_are_those_of_the_whole(cut):
+    """One leaf after the other, whole or in pieces along its first or its last axis."""
+    rng = np.random.default_rng(0)
+    leaves = {path: rng.normal(size=shape).astype("f") for path, shape in LEAVES.items()}
+    state, got = dict(rules.to_torch(PACKED, leaves)), []
+
+    def pieces(path):
+        rest = (slice(None),) * (len(LEAVES[path]) - 1)
+        return [(c, *rest) for c in cut] + [(*rest, c) for c in cut]
+
+    def put(path, arrays):
+        got.append(path)
+        for array, piece in zip(arrays, pieces(path), strict=True):
+            np.testing.assert_array_equal(array, leaves[path][piece])
+        return len(arrays)
+
+    args = PACKED, LEAVES, peers.header(state), state.__getitem__, np.dtype("f"), put
+    assert rules.leaf_by_leaf(*args, pieces=pieces) == dict.fromkeys(LEAVES, 2 * len(cut))
+    assert got == list(LEAVES)
+    whole = rules.leaf_by_leaf(*args[:-1], lambda path, arrays: arrays)
+    assert all(np.array_equal(whole[path][0], leaves[path]) and whole[path][0].ctypes.data % 64 == 0 for path in LEAVES)
+    state["b.1.k.bias"][0] = np.nan
+    with pytest.raises(CheckpointError, match=r"tensors \(1\):\n    b.1.k.bias$"):
+        rules.leaf_by_leaf(*args[:-1], lambda path, arrays: None, pieces=pieces)
 
 
 def test_infinities_of_both_signs_do_not_cancel():
