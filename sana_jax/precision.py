@@ -49,6 +49,13 @@ def parse(dtype):
     return NAMES[name]
 
 
+def short(dtype):
+    """"fp32", "bf16" or "fp16", as variants of weight files are called; None of "auto"."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    return {jnp.float32: "fp32", jnp.bfloat16: "bf16", jnp.float16: "fp16"}[parse(dtype)]
+
+
 def stored(dtypes, source):
     """The dtype of a file from the set of its tensors' dtypes: the widest of them."""
     known = {STORED[d] for d in dtypes if d in STORED}
