@@ -2,13 +2,11 @@
 
     python sample.py --model DIR --prompt "a red circle above a blue square"
 
-Every PNG holds its own recipe; `python sample.py --help` lists the arguments.
+Every PNG holds its own recipe, which --from-image paints again; --help lists the arguments.
 """
 
-import argparse
-import difflib
 import os
-import platform
+import signal
 import sys
 import time
 import warnings
@@ -18,143 +16,162 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Only its tokenizer is used; that PyTorch is absent is no news.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-NO_MODEL = (
-    "model: none given and none is bundled yet; pass --model with a folder in diffusers layout or a "
-    "Hugging Face id, e.g. Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-)
+import jax
+import numpy as np
+import tqdm
+
+import sana_jax
+from sana_jax import compile_cache, flags, images, jobs, painting, prompt_files, records, text
+from sana_jax.errors import InputError
+
+FINE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line per error, and the nearest flag for an unknown one."""
-
-    def error(self, message):
-        message = " ".join(message.split())
-        known = [s for action in self._actions for s in action.option_strings]
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split()[2:3] or [""]
-            if close := difflib.get_close_matches(flag[0].split("=")[0], known, 1):
-                message += f"; did you mean {close[0]}?"
-        self.exit(2, f"sample.py: error: {message}\n")
-
-
-def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("positional", nargs="?", metavar="PROMPT", help="what to paint")
-    add("--prompt", help="the same, as a flag")
-    add("--negative-prompt", default="", help="what to stay away from")
-    add("--model", help="folder in diffusers layout, or a Hugging Face id (owner/name)")
-    add("--steps", type=int, default=20, help="network evaluations per image (20)")
-    add("--guidance-scale", type=float, default=4.5, help="classifier-free guidance (4.5); 1 is none")
-    add("--seed", type=int, default=0, help="image i starts from noise keyed (seed, i) (0)")
-    add("--height", type=int, help="pixels; the model's own size if left out")
-    add("--width", type=int, help="pixels; the model's own size if left out")
-    add("--num-images", type=int, default=1, help="images of the prompt (1)")
-    add("--output", help="a .png file or a folder (outputs/)")
-    add("--sampler", default="flow-dpm-solver", help="flow-dpm-solver (default) or flow-euler")
-    add("--dtype", default="auto", help="auto (default), fp32, bf16 or fp16")
-    add("--stack", default="auto", help="auto (default), diffusers or nvlabs: whose pictures to match")
-    add("--chi", metavar="FILE", help="file with the instruction that goes before the prompt; 'none' for none")
-    add("--max-sequence-length", type=int, default=300, help="prompt tokens that count (300)")
-    add("--compile-cache", metavar="DIR", help="where compiled programs are kept; 'none' to keep none")
-    args = parser.parse_args(argv)
-    if (args.positional is None) == (args.prompt is None):
-        parser.error("prompt: give it once, as the only word without a flag or with --prompt")
-    args.prompt = args.prompt if args.positional is None else args.positional
-    return args
+def complain(message, word="error"):
+    tqdm.tqdm.write(f"sample.py: {word}: {message}", file=sys.stderr)
 
 
 def run(args):
-    started = time.perf_counter()
-    if args.model is None:
-        import sana_jax.errors
-
-        raise sana_jax.errors.InputError(NO_MODEL)
-    import jax
-    import tqdm
-
-    import sana_jax
-    from sana_jax import compile_cache, images, pipeline, precision, text
-    from sana_jax.errors import require_choice
-
-    # Everything that can be wrong is found before a file is read or a device is touched.
-    request = dict(
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        height=args.height,
-        width=args.width,
-        sampler=args.sampler,
-        max_sequence_length=args.max_sequence_length,
-    )
-    pipeline.check_request(**request, num_images=args.num_images)
-    if args.dtype != "auto":
-        precision.parse(args.dtype)
-    require_choice("stack", args.stack, ("auto", "diffusers", "nvlabs"))
-    chi = "auto" if args.chi is None else args.chi
+    """Finds all that can be wrong before a model is read or a device touched; then loads and paints."""
+    flags.check_words(args)
+    recipe = None
+    if args.from_image is not None:
+        recipe, unknown = records.read(args.from_image)
+        if recipe.batch is None:
+            also = f"; without meaning here: {', '.join(unknown)}" if unknown else ""
+            warnings.warn(f"{args.from_image}: painted by another program, so that its bits cannot be promised{also}")
+    settings, init_image = flags.settings(args, recipe)
+    entries, problems, blank = None, [], 0
+    if args.prompts_file is not None:
+        entries, problems, blank = prompt_files.read(args.prompts_file, args.form)
+    count = args.num_images or 1
+    pictures = jobs.pictures(entries, settings, args.axes, count, jobs.check_output(args.output))
+    jobs.check(pictures)
+    for place, reason in problems:
+        complain(f"{args.prompts_file}: {place}: {reason}")
+    if args.dry_run:
+        for picture in pictures:
+            print(picture.path, picture.label, picture.place, sep="\t")
+        return FAILED if problems else FINE
+    if not pictures:
+        report(args, [], [], problems, blank, 0, [])
+        return FAILED
+    loading = flags.loading(args, recipe)
+    chi = loading["chi"]
     if chi not in ("auto", "none"):
         chi = text.read_instruction_file(chi).text
-    paths = images.output_paths(args.output, args.num_images, args.seed)
 
     if problem := compile_cache.keep_programs(args.compile_cache):
         warnings.warn(problem)
-    compile_seconds = compile_cache.count_seconds()
-    model = sana_jax.load_pipeline(args.model, dtype=args.dtype, stack=args.stack)
-    loaded = time.perf_counter()
-    device, module = jax.devices()[0], model.sana[0]
-    instruction = model.instruction(chi)
-    source = f"file {args.chi}" if args.chi not in (None, "auto", "none") else instruction.source
-    dtype = jax.numpy.dtype(module.dtype).name
-    print(f"device: {device.device_kind} ({device.platform}), {dtype}, stack {model.stack.name}")
-    print(f"model: {args.model}, loaded in {loaded - started:.1f} s")
-    print(f"instruction: {source}")
+    started, compiling = time.perf_counter(), compile_cache.count_seconds()
+    model, identity = load(loading, chi)
+    pictures = [painting.complete(picture, model, args.ar) for picture in pictures]
 
-    record = {
-        **request,
-        "prompt": args.prompt,
-        "negative_prompt": args.negative_prompt,
-        "model": str(args.model),
-        "stack": model.stack.name,
-        "dtype": dtype,
-        "flow_shift": model.flow_shift,
-        "chi_source": source,
-        "chi_sha256": instruction.sha256,
-        "device": device.device_kind,
-        "versions": {"sana_jax": sana_jax.__version__, "jax": jax.__version__, "python": platform.python_version()},
-    }
-    progress = tqdm.tqdm(paths, unit="image", disable=not sys.stderr.isatty())
-    for i, path in enumerate(progress):
-        (image,) = model.generate(
-            args.prompt, negative_prompts=args.negative_prompt, chi=chi, first_image=i, **request
-        )
-        record |= {"image": i, "height": image.shape[0], "width": image.shape[1]}
-        images.save_png(path, image, record)
-    total = time.perf_counter() - started
-    print(f"compile: {sum(compile_seconds):.1f} s, total: {total:.1f} s")
-    for path in paths:
-        print(path)
+    batches, pending, original = jobs.batches(pictures, args.batch_size or 1), pictures, None
+    if entries is not None and not args.overwrite:
+        pending = jobs.unfinished(pictures, identity)
+        batches = [kept for batch in batches if (kept := batch.keep(pending)).kept]
+    if recipe:
+        records.require_same(recipe, identity, flags.may_differ(args), args.from_image)
+        difference = records.changed(recipe, [picture.settings for picture in pictures], identity)
+        if recipe.batch and not difference:  # exactly as it was, neighbours included
+            batches = [jobs.recorded(pictures[0], recipe.batch)]
+            original, _ = images.read_picture(args.from_image)
+        print(f"{args.from_image}: {difference or 'painted again'}")
+    print(painting.description(model, pictures, args.axes))
+    if slow := painting.slowness(model):
+        warnings.warn(slow)
+
+    sheets, (bar, on_step) = painting.Sheets(pictures, args.axes, count, pending), progress(args.progress, batches)
+    done, failed, marks = [], [], [(time.perf_counter(), sum(compiling))]
+    work = painting.paint(model, batches, loading, identity, chi=chi, init_image=init_image, on_step=on_step)
+    try:
+        with bar:
+            for picture, error in work:
+                (failed if error else done).append(picture)
+                if error:
+                    complain(f"{picture.place or picture.path}: {error}" if len(pictures) > 1 else error)
+                bar.update(0 if on_step else 1)
+                marks.append((time.perf_counter(), sum(compiling)))
+                sheets.done(picture)
+    except KeyboardInterrupt:
+        again = "the same command paints the rest" if entries else "those are kept"
+        complain(f"interrupted after {len(done)} of {len(pending)} pictures; {again}")
+        return INTERRUPTED
+    report(args, done, failed, problems, blank, len(pictures) - len(pending), sheets.written)
+    print(f"compile: {sum(compiling):.1f} s, {pace(marks, batches)}total: {time.perf_counter() - started:.1f} s")
+    if original is not None and done:
+        same = np.array_equal(images.read_picture(done[0].path)[0], original)
+        print(f"{args.from_image}: {'the same, bit for bit' if same else 'NOT the same bits'}")
+    return FAILED if failed or problems else FINE
+
+
+def load(loading, chi):
+    """(pipeline, what it must agree in with a recorded one), and a report of both."""
+    started = time.perf_counter()
+    named = ("dtype", "stack", "revision", "variant", "dc_ae", "text")
+    chosen = {name: loading[name] for name in named if loading[name] is not None}
+    model = sana_jax.load_pipeline(loading["model"], **chosen)
+    seconds = time.perf_counter() - started
+    instruction, device = model.instruction(chi), jax.devices()[0]
+    identity = painting.identity(model, painting.fingerprint(loading), instruction)
+    source = f"file {loading['chi']}" if loading["chi"] not in ("auto", "none") else instruction.source
+    print(f"device: {device.device_kind} ({device.platform}), {identity['dtype']}, stack {identity['stack']}")
+    print(f"model: {loading['model']} (sha256 {identity['model_sha256'][:10]}), loaded in {seconds:.1f} s")
+    print(f"instruction: {source}")
+    return model, identity
+
+
+def progress(mode, batches):
+    """(a bar on a terminal, or where it is asked for; what `generate` gets as on_step)."""
+    mode = mode or "auto"
+    steps = mode == "steps"
+    total = sum(batch.settings["steps"] if steps else len(batch.kept) for batch in batches)
+    hidden = mode == "none" or (mode == "auto" and not sys.stderr.isatty())
+    bar = tqdm.tqdm(total=total, unit="step" if steps else "image", disable=hidden)
+    return bar, (lambda step, _: bar.update(min(step, 1))) if steps else None
+
+
+def pace(marks, batches):
+    """Seconds per image without compilation; the first batch, which loads programs, counts where it is the only one."""
+    first = len(batches[0].kept) if len(batches) > 1 else 0
+    (start, compiled), (end, all_compiled) = marks[min(first, len(marks) - 1)], marks[-1]
+    count = len(marks) - 1 - first
+    return f"{(end - start - all_compiled + compiled) / count:.2f} s per image, " if count > 0 else ""
+
+
+def report(args, done, failed, problems, blank, there, sheets):
+    if args.prompts_file is None:
+        for path in [picture.path for picture in done] + sheets:
+            print(path)
+        return
+    places = [place for place, _ in problems] + sorted({picture.place for picture in failed})
+    print(
+        f"{args.prompts_file}: {len(done)} painted, {there} already there, {len(failed)} failed, "
+        f"{len(problems)} broken, {blank} blank lines" + (f"; not painted: {', '.join(places)}" if places else "")
+    )
 
 
 def main(argv=None):
-    args = parse(argv)
+    args = flags.parse(sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0])
+    said = set()
 
-    shown = set()
+    def warn(message, *_, **__):
+        if str(message) not in said:
+            complain(message, "warning")
+        said.add(str(message))
 
-    def one_line(message, *_, **__):
-        if str(message) not in shown:
-            print(f"sample.py: warning: {message}", file=sys.stderr)
-        shown.add(str(message))
-
-    warnings.showwarning = one_line
-    from sana_jax.errors import InputError, NonFiniteError
-
+    warnings.showwarning = warn
     try:
-        run(args)
-    except (InputError, NonFiniteError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return run(args)
+    except InputError as error:
+        complain(error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends as Ctrl-C does
     sys.exit(main())

@@ -1,46 +1,35 @@
-"""PNG files that say how they were made: `parameters`, which many tools read, and `sana_jax`, JSON."""
+"""PNG files with text in them: written whole or not at all, read without trust; contact sheets."""
 
-import json
+import hashlib
+import io
 import os
 import pathlib
-import tempfile
+import warnings
 
-from PIL import Image, PngImagePlugin
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from sana_jax.errors import InputError
 
-
-def parameters_text(record):
-    """The `parameters` text of the A1111 family of tools, from a record of arguments."""
-    lines = [record["prompt"]]
-    if record["negative_prompt"]:
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
-    settings = {
-        "Steps": record["steps"],
-        "Sampler": record["sampler"],
-        "CFG scale": record["guidance_scale"],
-        "Seed": record["seed"],
-        "Size": f"{record['width']}x{record['height']}",
-        "Model": pathlib.PurePath(record["model"]).name,
-        "Version": f"sana_jax {record['versions']['sana_jax']}",
-    }
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # how every whole PNG ends
+LONGEST_TEXT = 1 << 20  # characters of one text chunk; ours have a few thousand
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def save_png(path, image, record):
-    """Writes uint8 [H W 3] and the record of how it was made; the file is whole or absent.
+def save_png(path, image, texts):
+    """Writes uint8 [H W 3] with {name: text} beside the pixels; the file is whole or absent.
 
     Raises InputError: the path cannot be written.
     """
     path = pathlib.Path(path)
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", parameters_text(record))
-    text.add_itxt("sana_jax", json.dumps(record, sort_keys=True, ensure_ascii=False))
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        chunks.add_itxt(name, text)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            Image.fromarray(image).save(partial, format="PNG", pnginfo=text)
+            Image.fromarray(image).save(partial, format="PNG", pnginfo=chunks)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -49,40 +38,101 @@ def save_png(path, image, record):
         raise InputError(f"output={str(path)!r}: cannot be written ({error.strerror or error})") from error
 
 
-def read_record(path):
-    """The record of a picture that `save_png` wrote.  Raises InputError: none in there."""
+def is_whole(path):
+    """Whether a PNG has its end: false for what a full disk or a broken copy leaves."""
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(END)))
+        return file.read() == END
+
+
+def _open(source, name, formats):
+    """A PIL image whose header was read.  Raises InputError; a picture too large to be one too."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return json.loads(image.text["sana_jax"])
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a PNG that sana_jax wrote ({type(error).__name__}: {error})") from error
-
-
-def output_paths(output, count, seed):
-    """Paths of `count` pictures, checked to be writable now rather than after the work.
-
-    Nothing is left behind: a folder that is not there yet is made with the first picture.
-
-    `output` is a .png file (numbered when there are several), a folder, or None for outputs/.
-    Files in a folder take the next free number: `<n>_<seed>.png`.
-    Raises InputError: another suffix, or no permission.
-    """
-    target = pathlib.Path("outputs" if output is None else output)
-    single = target.suffix.lower() == ".png" and not target.is_dir()
-    if target.suffix and not single and not target.is_dir():
-        raise InputError(f"output={str(output)!r}: must end in .png, or be a folder")
-    folder = target.parent if single else target
-    try:
-        existing = folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return Image.open(source, formats=formats)
     except OSError as error:
-        raise InputError(f"output={str(target)!r}: cannot be written ({error.strerror})") from error
-    if single:
-        names = [target.name] if count == 1 else [f"{target.stem}-{i}{target.suffix}" for i in range(count)]
-        return [folder / name for name in names]
-    taken = [int(n) for p in folder.glob("*_*.png") if (n := p.name.split("_")[0]).isdigit()]
-    first = max(taken, default=-1) + 1
-    return [folder / f"{first + i:05d}_{seed}.png" for i in range(count)]
+        reason = error.strerror or f"not one of {', '.join(formats)}"
+        raise InputError(f"{name}: cannot be read ({reason})") from error
+    except Exception as error:  # whatever a hostile file makes the library raise
+        raise InputError(f"{name}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def read_texts(path, names):
+    """{name: text} of those text chunks of a PNG that are there.
+
+    Raises InputError: not a readable PNG, or a text of more than a million characters.
+    """
+    with _open(path, path, ("PNG",)) as image:
+        found = image.info
+        if not any(name in found for name in names):
+            try:
+                found = image.text  # behind the pixels, where some tools put it
+            except Exception as error:
+                raise InputError(f"{path}: a broken PNG ({type(error).__name__}: {error})") from error
+        texts = {name: str(found[name]) for name in names if isinstance(found.get(name), str)}
+    for name, text in texts.items():
+        if len(text) > LONGEST_TEXT:
+            raise InputError(f"{path}: its text {name!r} has {len(text)} characters, must have at most {LONGEST_TEXT}")
+    return texts
+
+
+def read_picture(path):
+    """(uint8 [H W 3], sha256 of the file) of a PNG, JPEG or WebP, turned as its EXIF says.
+
+    Raises InputError: absent, or no picture of these formats.
+    """
+    try:
+        data = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"image={str(path)!r}: cannot be read ({error.strerror})") from error
+    with _open(io.BytesIO(data), f"image={str(path)!r}", PICTURE_FORMATS) as image:
+        try:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except Exception as error:
+            raise InputError(f"image={str(path)!r}: broken ({type(error).__name__}: {error})") from error
+    return pixels, hashlib.sha256(data).hexdigest()
+
+
+def contact_sheet(cells, columns, title, side=512):
+    """One picture of many, uint8 [H W 3].
+
+    Args:
+      cells: [(uint8 [h w 3], or None for a picture that is absent; its label)], row by row.
+      columns: how many stand in a row.
+      title: a line above, cut to the width.
+      side: pixels that the longer side of a picture is reduced to.
+    """
+    sizes = [image.shape[:2] for image, _ in cells if image is not None] or [(side, side)]
+    shrink = min(1.0, side / max(max(size) for size in sizes))
+    height, width = (max(1, round(max(size[axis] for size in sizes) * shrink)) for axis in (0, 1))
+    gap, strip, font = 8, 20, ImageFont.load_default(12)
+    # A column is as wide as its labels, so that none is cut.
+    width = max(width, *(int(font.getlength(label)) + 1 for _, label in cells))
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), strip + rows * (height + strip + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 3), _fit(" ".join(title.split()), font, sheet.width - 2 * gap), fill="black", font=font)
+    for i, (image, label) in enumerate(cells):
+        left, top = gap + i % columns * (width + gap), strip + i // columns * (height + strip + gap)
+        draw.text((left, top + 3), label, fill="black", font=font)
+        if image is None:
+            draw.rectangle((left, top + strip, left + width - 1, top + strip + height - 1), outline="red")
+            continue
+        picture = Image.fromarray(image)
+        if shrink < 1:
+            h, w = image.shape[:2]
+            picture = picture.resize((max(1, round(w * shrink)), max(1, round(h * shrink))), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (left, top + strip))
+    return np.asarray(sheet)
+
+
+def _fit(text, font, width):
+    """The text, or its beginning and an ellipsis, within `width` pixels."""
+    text = text[:1000]
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,8 +1,6 @@
-"""sample.py: what it writes and prints, and that bad input ends in one line and status 2."""
+"""sample.py: what it writes and prints, and that weights which do not fit end in one line."""
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -14,60 +12,25 @@ import types
 import warnings
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import sample
 import sana_jax
 from sana_jax import compile_cache as programs_cache
-from sana_jax import images
+from sana_jax import fingerprints, painting, records
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
 from sana_jax.errors import InputError, NonFiniteError
+from tests import sample_runs
+from tests.sample_runs import refused, run
+
+compile_cache, model, painter = sample_runs.compile_cache, sample_runs.model, sample_runs.painter
 
 ROOT = pathlib.Path(sample.__file__).parent
 PROMPT = "ein rotes Häuschen\nim 雪"
-CACHE_OPTIONS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache():
-    """What sample.py sets for its whole process is set back here."""
-    before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
-    compilation_cache.reset_cache()  # it may have been found disabled by now
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def run(*arguments):
-    """(status, stdout, stderr) of sample.py in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        warnings.resetwarnings()  # as in a plain process, but each time
-        warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            status = sample.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module")
-def model(toy_folder, tmp_path_factory):
-    """The toy pipeline as a model of 64 x 64 pixels, for which no table of sizes is published."""
-    folder = shutil.copytree(toy_folder, tmp_path_factory.mktemp("sample") / "toy")
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 2}))
-    return folder
 
 
 def scaled(model, folder, component, name, factor):
@@ -96,12 +59,15 @@ def happy(model, tmp_path_factory):
 def test_pictures_and_what_is_printed(happy, model):
     lines = happy.out.splitlines()
     assert lines[0] == "device: cpu (cpu), float32, stack diffusers"
-    assert re.fullmatch(rf"model: {re.escape(str(model))}, loaded in \d+\.\d s", lines[1])
+    sha256 = fingerprints.model_sha256(model)
+    assert re.fullmatch(rf"model: {re.escape(str(model))} \(sha256 {sha256[:10]}\), loaded in \d+\.\d s", lines[1])
     assert re.fullmatch(r"instruction: installed diffusers \S+", lines[2])
-    compiled, total = map(float, re.fullmatch(r"compile: (\d+\.\d) s, total: (\d+\.\d) s", lines[3]).groups())
-    assert 0 < compiled < total
+    assert lines[3] == "painting: 2 of 64 x 64, flow-dpm-solver, 2 steps, guidance 4.5, seed 7"
     paths = [happy.folder / "00000_7.png", happy.folder / "00001_7.png"]
-    assert lines[4:] == [str(p) for p in paths]
+    assert lines[4:6] == [str(p) for p in paths]
+    found = re.fullmatch(r"compile: (\d+\.\d) s, (\d+\.\d\d) s per image, total: (\d+\.\d) s", lines[6])
+    compiled, each, total = map(float, found.groups())
+    assert 0 < compiled < total and each < total and lines[7:] == []
     assert sorted(happy.folder.iterdir()) == paths
     pictures = [np.asarray(Image.open(p)) for p in paths]
     for picture in pictures:
@@ -113,19 +79,25 @@ def test_pictures_and_what_is_printed(happy, model):
 def test_every_picture_holds_its_recipe(happy, model):
     with Image.open(happy.folder / "00001_7.png") as picture:
         text, record = picture.text["parameters"], json.loads(picture.text["sana_jax"])
-    assert record == images.read_record(happy.folder / "00001_7.png")
-    version = sana_jax.__version__
+    version, sha256 = sana_jax.__version__, fingerprints.model_sha256(model)
     assert text == (
         f"{PROMPT}\nNegative prompt: blur\nSteps: 2, Sampler: flow-dpm-solver, CFG scale: 4.5, Seed: 7, "
-        f"Size: 64x64, Model: toy, Version: sana_jax {version}"
+        f"Size: 64x64, Model hash: {sha256[:10]}, Model: toy, Version: sana_jax {version}"
     )
     instruction = sana_jax.load_pipeline(model).instruction()
-    assert record.pop("versions") == {"sana_jax": version, "jax": jax.__version__, "python": sys.version.split()[0]}
+    assert record.pop("versions") == {
+        "sana_jax": version, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": sys.version.split()[0]
+    }  # fmt: skip
+    assert 0 < record.pop("seconds") < 60
+    loading = {"model": str(model), "revision": None, "variant": None, "dc_ae": None, "text": None}
     assert record == {
-        "prompt": PROMPT, "negative_prompt": "blur", "steps": 2, "guidance_scale": 4.5, "seed": 7, "image": 1,
-        "height": 64, "width": 64, "sampler": "flow-dpm-solver", "max_sequence_length": 300, "model": str(model),
-        "stack": "diffusers", "dtype": "float32", "flow_shift": 3.0, "chi_source": instruction.source,
-        "chi_sha256": hashlib.sha256(instruction.text.encode()).hexdigest(), "device": "cpu",
+        "format": 1, "prompt": PROMPT, "negative_prompt": "blur", "steps": 2, "guidance_scale": 4.5, "seed": 7,
+        "index": 1, "height": 64, "width": 64, "sampler": "flow-dpm-solver", "max_sequence_length": 300,
+        "guidance_interval": [0, 1], "flow_shift": 3.0, "pag_scale": 0, "pag_layers": None, "pag_adaptive_scale": 0,
+        "init_image": None, "init_image_sha256": None, "strength": None, "model_sha256": sha256,
+        "chi_sha256": hashlib.sha256(instruction.text.encode()).hexdigest(), "stack": "diffusers", "dtype": "float32",
+        "device": "cpu", "loading": loading | {"dtype": "auto", "stack": "auto", "chi": "auto"},
+        "batch": {"position": 0, "prompts": [PROMPT], "negative_prompts": ["blur"], "indices": [1]},
     }  # fmt: skip
 
 
@@ -148,20 +120,8 @@ def test_a_process_of_its_own_compiles_nothing_anew(happy):
     assert (done.returncode, done.stderr) == (0, "")
     assert programs(cache) == kept
     path = happy.folder / "00002_7.png"
-    assert done.stdout.splitlines()[-1] == str(path)
+    assert done.stdout.splitlines()[-2] == str(path)
     np.testing.assert_array_equal(Image.open(path), Image.open(happy.folder / "00000_7.png"))
-
-
-def refused(monkeypatch, tmp_path, *arguments, lines=1):
-    """The message of a run that fails and leaves nothing in its folder."""
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    status, out, err = run(*arguments)
-    assert status == 2
-    assert err.startswith("sample.py: error: ") and err.endswith("\n")
-    assert lines is None or err.count("\n") == lines, err
-    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
-    return err.removeprefix("sample.py: error: ").rstrip("\n")
 
 
 @pytest.mark.parity
@@ -178,7 +138,7 @@ def test_weights_that_do_not_fit(monkeypatch, tmp_path, model):
     shutil.copy(folder / "vae" / file.name, file)
     text = message(folder, None)
     assert "  missing (" in text and "  not part of this model (" in text
-    assert message(model / "vae").endswith("this is a component folder")
+    assert "component folder" in message(model / "vae")
 
 
 OVERFLOWS = {
@@ -207,55 +167,90 @@ def test_overflow_names_its_place_and_paints_nothing(monkeypatch, tmp_path, mode
     arguments = ["--model", folder, "--steps", 2, "--compile-cache", "none", "--output", "new/cat.png"]
     monkeypatch.chdir(tmp_path)
     status, _, err = run("cat", *arguments)
-    assert status == 2 and re.fullmatch(f"sample.py: error: {message}\n", err), err
+    assert status == 1 and re.fullmatch(f"sample.py: error: {message}\n", err), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-@pytest.fixture
-def painter(monkeypatch, tmp_path):
-    """Calls of `generate`, which gives a grey picture; what is in `raises` comes after the first."""
-    painter = types.SimpleNamespace(calls=[], raises=None)
-
-    def generate(self, prompts, **arguments):
-        painter.calls.append((prompts, arguments))
-        warnings.warn("prompts[0] is too long", stacklevel=1)
-        if painter.raises and len(painter.calls) > 1:
-            raise painter.raises
-        return np.full((1, 64, 96, 3), 128, np.uint8)
-
-    monkeypatch.setattr(sana_jax.Pipeline, "generate", generate)
-    monkeypatch.chdir(tmp_path)
-    return painter
+CALL = {  # arguments of `generate` where no flag says otherwise
+    "seed": 0, "height": 64, "width": 64, "steps": 20, "sampler": "flow-dpm-solver", "guidance_scale": 4.5,
+    "flow_shift": 3.0, "pag_scale": 0, "pag_layers": None, "pag_adaptive_scale": 0, "max_sequence_length": 300,
+    "guidance_interval": (0, 1), "num_images": 1, "first_image": [0], "negative_prompts": [""], "chi": "auto",
+}  # fmt: skip
 
 
 @pytest.mark.parity
 def test_flags_reach_the_pipeline(painter, model):
+    painter.before = lambda number: warnings.warn("prompts[0] is too long", stacklevel=1)
     pathlib.Path("chi.txt").write_bytes("Say é: \n".encode())
     flags = (
-        "--negative-prompt dog --steps 3 --guidance-scale 1.5 --seed 9 --height 64 --width 96 --num-images 2 "
-        "--sampler flow-euler --dtype bf16 --stack nvlabs --chi chi.txt --max-sequence-length 77 --output new/a.png"
+        "--negative-prompt dog --steps 3 --guidance-scale 1.5 --seed 9 --height 64 --width 96 --num-images 3 "
+        "--sampler flow-euler --dtype bf16 --stack nvlabs --chi chi.txt --max-sequence-length 77 --flow-shift 2.5 "
+        "--pag-scale 1.5 --pag-layers 0,2 --pag-adaptive-scale 0.25 --guidance-interval 0.25 0.75 --batch-size 2 "
+        "--output new/a.png"
     )
     status, out, err = run("cat", "--model", model, "--compile-cache", "none", *flags.split())
     assert (status, err) == (0, "sample.py: warning: prompts[0] is too long\n")
     assert out.splitlines()[0] == "device: cpu (cpu), bfloat16, stack nvlabs"
-    assert out.splitlines()[2] == "instruction: file chi.txt"
-    given = dict(steps=3, guidance_scale=1.5, seed=9, height=64, width=96, sampler="flow-euler", max_sequence_length=77)
-    given |= dict(negative_prompts="dog", chi="Say é: \n")
-    assert painter.calls == [("cat", given | {"first_image": i}) for i in (0, 1)]
-    record = images.read_record("new/a-1.png")
-    assert (record["chi_source"], record["dtype"]) == ("file chi.txt", "bfloat16")
-    assert record["chi_sha256"] == hashlib.sha256(pathlib.Path("chi.txt").read_bytes()).hexdigest()
+    assert out.splitlines()[2:4] == [
+        "instruction: file chi.txt",
+        "painting: 3 of 96 x 64, flow-euler, 3 steps, guidance 1.5, perturbed attention 1.5, seed 9",
+    ]
+    given = CALL | dict(steps=3, guidance_scale=1.5, seed=9, width=96, sampler="flow-euler", max_sequence_length=77)
+    given |= dict(negative_prompts=["dog"], chi="Say é: \n", flow_shift=2.5, guidance_interval=(0.25, 0.75))
+    given |= dict(pag_scale=1.5, pag_layers=[0, 2], pag_adaptive_scale=0.25)
+    assert painter.calls == [
+        (["cat"], given | {"num_images": 2, "first_image": [0, 1]}), (["cat"], given | {"first_image": [2]}),
+    ]  # fmt: skip
+    recipe, _ = records.read("new/a-1.png")
+    assert recipe.identity["chi_sha256"] == hashlib.sha256(pathlib.Path("chi.txt").read_bytes()).hexdigest()
+    assert (recipe.loading["chi"], recipe.identity["dtype"], recipe.batch["position"]) == ("chi.txt", "bfloat16", 1)
     assert run("cat", "--model", model, "--chi", "none", "--output", "b.png", "--compile-cache", "none")[0] == 0
-    assert images.read_record("b.png")["chi_sha256"] == hashlib.sha256(b"").hexdigest()
+    assert records.read("b.png")[0].identity["chi_sha256"] == hashlib.sha256(b"").hexdigest()
+    assert painter.calls[-1] == (["cat"], CALL | {"chi": "none"})
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("error", [NonFiniteError("blocks/3"), InputError("output: disk full")])
-def test_pictures_before_an_error_are_whole(painter, model, error):
-    painter.raises = error
+def test_sizes_in_other_words(painter, model, toy_folder):
+    def sizes(*flags, model=model):
+        assert run("cat", "--model", model, "--compile-cache", "none", "-o", "a.png", *flags)[0] == 0
+        return painter.calls[-1][1]["width"], painter.calls[-1][1]["height"]
+
+    assert sizes("--size", "96x64") == (96, 64)
+    assert sizes("--image-size", "32") == (32, 32)
+    assert sizes("--width", "32") == (32, 64)
+    assert sizes("--ar", "2:1") == (96, 64), "no table of sizes: as many pixels or a little more"
+    # The published sizes of a 512 px model: 288 x 512 is no entry, 0.57 is the nearest ratio.
+    assert sizes("--ar", "16:9", model=toy_folder) == (672, 384)
+    assert sizes("--ar", "9:16", model=toy_folder) == (384, 672)
+
+
+@pytest.mark.parity
+def test_pictures_before_an_error_are_whole(painter, model):
+    def full_disk(number):
+        if number > 1:
+            raise InputError("output: disk full")
+
+    painter.before = full_disk
     status, _, err = run("cat", "--model", model, "--num-images", 3, "--output", "out", "--compile-cache", "none")
-    assert status == 2 and err.splitlines()[-1] == f"sample.py: error: {error}"
+    assert (status, err) == (2, "sample.py: error: output: disk full\n")
     assert [p.name for p in pathlib.Path("out").iterdir()] == ["00000_0.png"]
+
+
+@pytest.mark.parity
+def test_one_bad_picture_fails_alone(painter, model):
+    """Of a batch that is not finite each is painted by itself; the bad one is named."""
+
+    def overflow(number):
+        if number in (1, 3):  # the batch of three, and then its second picture
+            raise NonFiniteError("blocks/3")
+
+    painter.before = overflow
+    arguments = ["--num-images", 3, "--batch-size", 3, "--output", "out", "--compile-cache", "none"]
+    status, _, err = run("cat", "--model", model, *arguments)
+    assert (status, err) == (1, f"sample.py: error: {pathlib.Path('out/00001_0.png')}: blocks/3\n")
+    assert sorted(p.name for p in pathlib.Path("out").iterdir()) == ["00000_0.png", "00002_0.png"]
+    assert [arguments["first_image"] for _, arguments in painter.calls] == [[0, 1, 2], [0], [1], [2]]
+    assert records.read("out/00002_0.png")[0].batch["indices"] == [2]
 
 
 def test_a_cache_that_others_can_write_is_not_used(tmp_path):
@@ -268,3 +263,32 @@ def test_a_cache_that_others_can_write_is_not_used(tmp_path):
         assert problem == f"no compile cache in {tmp_path / name}: {reason}"
     assert programs_cache.keep_programs("none") is None
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parity
+def test_a_model_from_its_parts(painter, model):
+    """A transformer alone with an autoencoder and a text encoder; one sha256 for the three."""
+    parts = ["--model", model / "transformer", "--dc-ae", model / "vae", "--text", model, "--compile-cache", "none"]
+    assert run("cat", *parts, "-o", "a.png")[0] == 0
+    recipe, _ = records.read("a.png")
+    lines = {"model": model / "transformer", "dc_ae": model / "vae", "text": model}
+    lines = "".join(f"{fingerprints.model_sha256(path)}  {name}\n" for name, path in lines.items())
+    assert recipe.identity["model_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert (recipe.loading["dc_ae"], recipe.loading["text"]) == (str(model / "vae"), str(model))
+    assert run("--from-image", "a.png", "-o", "b.png", "--compile-cache", "none")[0] == 0
+    # Weights without a configuration, and a pipeline that lacks what they replace.
+    shutil.copytree(model, "without", ignore=shutil.ignore_patterns("vae"))
+    pathlib.Path("weights").mkdir()
+    shutil.copy(next((model / "vae").glob("*.safetensors")), "weights/model.safetensors")
+    assert run("cat", "--model", "without", "--dc-ae", "weights", "-o", "c.png", "--compile-cache", "none")[0] == 0
+    hashes = {records.read(path)[0].identity["model_sha256"] for path in ("a.png", "c.png")}
+    assert len(hashes) == 2
+    status, _, err = run("cat", *parts[:2], "-o", "c.png")
+    assert status == 2 and "dc_ae=" in err and "text=" in err
+
+
+def test_a_large_model_on_a_cpu(monkeypatch):
+    pipeline = types.SimpleNamespace(sana=(None, {"a": {"b": np.zeros(600)}, "c": np.zeros((20, 20))}))
+    assert painting.slowness(pipeline) is None
+    monkeypatch.setattr(painting, "LARGE", 1000)
+    assert painting.slowness(pipeline).startswith("this is a CPU, and the transformer has 0.0 billion parameters")

@@ -1,18 +1,17 @@
-"""PNG files: whole or absent, with their recipe, under names that are free."""
+"""PNG files: whole or absent, with text that is read without trust; contact sheets."""
 
+import hashlib
 import os
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sana_jax import images
 from sana_jax.errors import InputError
 
-RECORD = {
-    "prompt": "ein Häuschen\nim 雪 \"q\" \\", "negative_prompt": "", "steps": 3, "sampler": "flow-euler", "guidance_scale": 1.0,
-    "seed": 5, "width": 3, "height": 2, "model": "/models/toy", "versions": {"sana_jax": "0"},
-}  # fmt: skip
+TEXTS = {"parameters": "ein Häuschen\nim 雪 \"q\" \\", "sana_jax": '{"a": 1}'}
 
 
 def picture(value=0):
@@ -21,31 +20,88 @@ def picture(value=0):
 
 def test_what_is_written_is_read(tmp_path):
     path, image = tmp_path / "new" / "folder" / "a.png", np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    images.save_png(path, image, RECORD)
-    np.testing.assert_array_equal(Image.open(path), image)
-    assert images.read_record(path) == RECORD
-    with Image.open(path) as file:
-        assert file.text["parameters"] == (
-            f"{RECORD['prompt']}\nSteps: 3, Sampler: flow-euler, CFG scale: 1.0, Seed: 5, Size: 3x2, "
-            "Model: toy, Version: sana_jax 0"
-        )
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    images.save_png(path, image, TEXTS)
+    pixels, sha256 = images.read_picture(path)
+    np.testing.assert_array_equal(pixels, image)
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert images.read_texts(path, ("sana_jax", "parameters", "absent")) == TEXTS
+    assert images.is_whole(path) and [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
-def test_pictures_without_a_recipe(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "plain.png")
+def test_a_cut_file_is_not_whole(tmp_path):
+    path = tmp_path / "a.png"
+    images.save_png(path, picture(), TEXTS)
+    data = path.read_bytes()
+    for cut in (0, 5, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:cut])
+        assert not images.is_whole(path)
+
+
+def test_text_behind_the_pixels(tmp_path):
+    """Where some tools put it: between the pixels and the end."""
+    path = tmp_path / "a.png"
+    images.save_png(path, picture(), {})
+    data = path.read_bytes().removesuffix(images.END)
+    chunk = b"tEXtparameters\0a cat"
+    data += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + images.END
+    path.write_bytes(data)
+    assert images.read_texts(path, ("parameters",)) == {"parameters": "a cat"}
+
+
+def test_files_that_are_no_png(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "jpeg.png", format="JPEG")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("plain.png", "jpeg.png", "empty.png", "absent.png"):
-        with pytest.raises(InputError, match=f"{name}: not a PNG that sana_jax wrote") as caught:
-            images.read_record(tmp_path / name)
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("jpeg.png", "empty.png", "text.png", "absent.png"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read") as caught:
+            images.read_texts(tmp_path / name, ("sana_jax",))
         assert "\n" not in str(caught.value)
+
+
+def test_texts_without_measure(tmp_path):
+    """A long text, one that unpacks to more than memory should give, and a picture of a billion pixels."""
+    path = tmp_path / "a.png"
+    images.save_png(path, picture(), {"sana_jax": "x" * (images.LONGEST_TEXT + 1)})
+    with pytest.raises(InputError, match="its text 'sana_jax' has 1048577 characters, must have at most 1048576"):
+        images.read_texts(path, ("sana_jax",))
+    bomb = PngImagePlugin.PngInfo()
+    bomb.add_text("sana_jax", "x" * 30_000_000, zip=True)
+    Image.fromarray(picture()).save(path, pnginfo=bomb)
+    with pytest.raises(InputError, match="a.png: cannot be read"):
+        images.read_texts(path, ("sana_jax",))
+    images.save_png(path, picture(), TEXTS)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+    for read in (images.read_picture, lambda p: images.read_texts(p, ("sana_jax",))):
+        with pytest.raises(InputError, match="cannot be read .DecompressionBomb"):
+            read(path)
+
+
+def test_pictures_to_begin_with(tmp_path):
+    """JPEG and WebP too, turned as a camera says, in three colours."""
+    turned = Image.fromarray(np.zeros((2, 4), np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera lay on its side
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    pixels, _ = images.read_picture(tmp_path / "a.jpg")
+    assert pixels.shape == (4, 2, 3) and pixels.dtype == np.uint8
+    Image.fromarray(picture(9)).save(tmp_path / "a.webp", lossless=True)
+    np.testing.assert_array_equal(images.read_picture(tmp_path / "a.webp")[0], picture(9))
+    Image.fromarray(picture()).save(tmp_path / "a.gif")
+    with pytest.raises(InputError, match="a.gif'?: cannot be read .not one of PNG, JPEG, WEBP"):
+        images.read_picture(tmp_path / "a.gif")
+    cut = (tmp_path / "a.jpg").read_bytes()[:-60]
+    (tmp_path / "cut.jpg").write_bytes(cut)
+    with pytest.raises(InputError, match="cut.jpg'?: (broken|cannot be read)"):
+        images.read_picture(tmp_path / "cut.jpg")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, error):
     path = tmp_path / "a.png"
-    images.save_png(path, picture(1), RECORD)
+    images.save_png(path, picture(1), TEXTS)
     before = path.read_bytes()
 
     def fail(*_):
@@ -53,49 +109,37 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-        images.save_png(path, picture(2), RECORD)
+        images.save_png(path, picture(2), TEXTS)
     if isinstance(error, OSError):
         assert str(caught.value) == f"output={str(path)!r}: cannot be written (No space left on device)"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_bytes() == before
 
 
-def names(*arguments):
-    return [path.name for path in images.output_paths(*arguments)]
+def find(sheet, colour):
+    """(top, left, height, width) of the pixels of a colour."""
+    rows, columns = np.nonzero((sheet == colour).all(axis=-1))
+    return rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
 
 
-def test_numbers_go_on_where_they_ended(tmp_path):
-    assert names(tmp_path, 2, 7) == ["00000_7.png", "00001_7.png"]
-    for name in ("00004_1.png", "9_2.jpg", "note_1.png", "x00009_1.png"):
-        (tmp_path / name).touch()
-    assert names(tmp_path, 2, 7) == ["00005_7.png", "00006_7.png"]
-    (tmp_path / "123456_0.png").touch()
-    assert names(tmp_path, 1, 7) == ["123457_7.png"]
+def test_a_contact_sheet():
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+    cells = [(np.full((40, 60, 3), colour, np.uint8), f"steps={i}") for i, colour in enumerate(colours)]
+    sheet = images.contact_sheet(cells, 2, "a title")
+    places = [find(sheet, colour) for colour in colours]
+    assert [place[2:] for place in places] == [(40, 60)] * 4, "whole, and in their size"
+    tops, lefts = zip(*(place[:2] for place in places))
+    assert tops[0] == tops[1] < tops[2] == tops[3] and lefts[0] == lefts[2] < lefts[1] == lefts[3]
+    for top, left, _, width in places:
+        strip = sheet[top - 16 : top, left : left + width]
+        assert (strip < 128).any(), "a label stands above each picture"
+    assert (sheet[:18] < 128).any(), "and the title above all"
+    np.testing.assert_array_equal(sheet, images.contact_sheet(cells, 2, "a title"))
+    other = images.contact_sheet([(cells[0][0], "steps=9"), *cells[1:]], 2, "a title")
+    assert (other != sheet).any(), "labels can be told apart"
 
 
-def test_one_file_and_several(tmp_path):
-    assert images.output_paths(tmp_path / "a.png", 1, 7) == [tmp_path / "a.png"]
-    assert names(tmp_path / "a.b.PNG", 2, 7) == ["a.b-0.PNG", "a.b-1.PNG"]
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "v1.5").mkdir()
-    for folder in ("folder.png", "v1.5"):
-        assert images.output_paths(tmp_path / folder, 1, 7) == [tmp_path / folder / "00000_7.png"]
-
-
-def test_asking_makes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert names(None, 1, 0) == ["00000_0.png"] and images.output_paths(None, 1, 0)[0].parent.name == "outputs"
-    for output in ("a/b/c", "a/b.png", "a", "", "."):
-        assert len(images.output_paths(output, 3, 0)) == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_outputs_that_cannot_be(tmp_path):
-    (tmp_path / "file").touch()
-    for output in ("file", "file/a.png", "file/a/b", "file/a/b.png"):
-        with pytest.raises(InputError, match="output=.*: cannot be written .Not a directory.$"):
-            images.output_paths(tmp_path / output, 1, 0)
-    for output in ("a.jpg", "a.png.txt", "a.webp"):
-        with pytest.raises(InputError, match="must end in .png, or be a folder"):
-            images.output_paths(tmp_path / output, 1, 0)
-    with pytest.raises(InputError, match="cannot be written .File name too long"):
-        images.output_paths(tmp_path / ("a" * 300), 1, 0)
+def test_a_contact_sheet_of_large_and_absent_pictures():
+    large = np.full((1000, 2000, 3), (250, 0, 0), np.uint8)
+    sheet = images.contact_sheet([(large, "a"), (None, "b: failed")], 2, "x" * 5000)
+    assert find(sheet, (250, 0, 0))[2:] == (256, 512) and sheet.shape[1] < 1100
+    assert images.contact_sheet([(None, "failed")], 1, "t").ndim == 3
