@@ -21,7 +21,8 @@ import numpy as np
 import tqdm
 
 import sana_jax
-from sana_jax import compile_cache, flags, images, jobs, painting, prompt_files, records, text
+from sana_jax import compile_cache, images, text
+from sana_jax.cli import flags, jobs, painting, prompt_files, records
 from sana_jax.errors import InputError
 
 FINE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses

@@ -21,8 +21,8 @@ from sana_jax.components import parameter_shapes as parameter_shapes
 from sana_jax.components import prepare_dc_ae, prepare_gemma2, prepare_sana
 from sana_jax.components import published_rules as published_rules
 from sana_jax.errors import InputError, require_choice
-from sana_jax.hub import find_model as find_model
-from sana_jax.hub_names import parse
+from sana_jax.hub.download import find_model as find_model
+from sana_jax.hub.names import parse
 from sana_jax.pipeline import Pipeline, TextEncoder
 from sana_jax.stacks import STACKS, Stack
 from sana_jax.text import load_tokenizer
@@ -91,7 +91,7 @@ def load_pipeline(
     """A whole pipeline from a folder in diffusers layout, or from its parts.
 
     Args:
-      model: the folder; a Hugging Face id or short name (see `hub.find_model`); or a transformer alone
+      model: the folder; a Hugging Face id or short name (see `hub.download.find_model`); or a transformer alone
         (NVlabs' .pth, a .safetensors file, a component folder), which needs the two parts below.
       dtype: of the transformer: "auto", a name (fp32, bf16, fp16, ...) or a jnp dtype.  "auto" is
         the published dtype of a known repository name, else that of the stored weights.  The text

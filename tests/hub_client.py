@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
 
-from sana_jax import hub
 from sana_jax.errors import InputError
+from sana_jax.hub import download
 from tests.hub_server import serve
 
 NAME = "Efficient-Large-Model/Sana_Toy_diffusers"
@@ -87,6 +87,6 @@ def offline(monkeypatch):
 def refused(*args, **kwargs):
     lines = []
     with pytest.raises(InputError) as caught:
-        hub.find_model(*args, report=lines.append, **kwargs)
+        download.find_model(*args, report=lines.append, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)

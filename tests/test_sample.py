@@ -20,10 +20,11 @@ from PIL import Image
 import sample
 import sana_jax
 from sana_jax import compile_cache as programs_cache
-from sana_jax import fingerprints, painting, records
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
+from sana_jax.cli import painting, records
 from sana_jax.errors import InputError, NonFiniteError
+from sana_jax.hub import fingerprints
 from tests import sample_runs
 from tests.sample_runs import refused, run
 
@@ -271,8 +272,9 @@ def test_a_model_from_its_parts(painter, model):
     parts = ["--model", model / "transformer", "--dc-ae", model / "vae", "--text", model, "--compile-cache", "none"]
     assert run("cat", *parts, "-o", "a.png")[0] == 0
     recipe, _ = records.read("a.png")
-    lines = {"model": model / "transformer", "dc_ae": model / "vae", "text": model}
-    lines = "".join(f"{fingerprints.model_sha256(path)}  {name}\n" for name, path in lines.items())
+    digests = {name: fingerprints.model_sha256(model / part) for name, part in (("model", "transformer"), ("dc_ae", "vae"))}
+    digests["text"] = fingerprints.model_sha256(model, part="text_encoder")
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     assert recipe.identity["model_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     assert (recipe.loading["dc_ae"], recipe.loading["text"]) == (str(model / "vae"), str(model))
     assert run("--from-image", "a.png", "-o", "b.png", "--compile-cache", "none")[0] == 0

@@ -3,7 +3,7 @@
 import pytest
 
 import sana_jax
-from sana_jax import flags
+from sana_jax.cli import flags
 from tests import sample_runs
 from tests.sample_runs import refused, run
 

@@ -15,7 +15,8 @@ import pytest
 
 import sample
 import sana_jax
-from sana_jax import images, records, text
+from sana_jax import images, text
+from sana_jax.cli import records
 from sana_jax.errors import NonFiniteError
 from tests import sample_runs
 from tests.sample_runs import run

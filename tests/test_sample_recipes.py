@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import sana_jax
-from sana_jax import images, records
+from sana_jax import images
+from sana_jax.cli import records
 from tests import sample_runs
 from tests.sample_runs import refused, run
 

@@ -154,7 +154,7 @@ def read_json(path):
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of a million brackets
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")

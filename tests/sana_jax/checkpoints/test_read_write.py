@@ -312,3 +312,9 @@ def test_no_more_than_the_leaves_and_two_tensors_are_held(tmp_path):
         return rules.to_flax(table, shapes, checkpoint.header, checkpoint.tensors(), np.dtype("f"))
 
     assert count * mib <= peak(load) <= (count + 2.5) * mib
+
+
+def test_json_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="config.json: not valid JSON"):
+        read.read_json(tmp_path / "config.json")

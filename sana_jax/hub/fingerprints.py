@@ -8,8 +8,8 @@ import os
 import pathlib
 import tempfile
 
-from sana_jax import folders
 from sana_jax.errors import InputError
+from sana_jax.hub import folders
 
 
 def cache_folder():

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from sana_jax.errors import InputError, nearest
-from sana_jax.known_files import KNOWN
+from sana_jax.hub.known_files import KNOWN
 
 SHORT_NAMES = {  # docs/numerics.md 3.1; at 1.6B and 1024 px the bfloat16 weights paint clean pictures
     "sana-0.6b": "Efficient-Large-Model/Sana_600M_1024px_diffusers",

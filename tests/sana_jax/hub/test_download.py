@@ -10,9 +10,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from sana_jax import hub, precision
-from tests.hub_client import client_here, client_online  # noqa: F401
-from tests.hub_client import NAME, READ, SHARD, fetched, offline, point_to, refused
+from sana_jax import precision
+from sana_jax.hub import download
+from tests.hub_client import (  # noqa: F401
+    NAME,
+    READ,
+    SHARD,
+    client_here,
+    client_online,
+    fetched,
+    offline,
+    point_to,
+    refused,
+)
 from tests.hub_server import Repository, serve, sha256
 
 BFLOAT = {
@@ -33,22 +43,22 @@ PLAIN = {name for name in READ if not name.endswith("safetensors") and ".index.j
 def test_exactly_what_is_read_is_fetched_once(online):
     server = online(toy=Repository(READ | BFLOAT | OTHERS))
     lines = []
-    folder = hub.find_model(NAME, report=lines.append)
+    folder = download.find_model(NAME, report=lines.append)
     assert sorted(fetched(server)) == sorted(READ)
     for name, data in READ.items():
         assert (folder / name).read_bytes() == data
     del server.log[:]
-    assert hub.find_model(f"{NAME}@main", report=lines.append) == folder
+    assert download.find_model(f"{NAME}@main", report=lines.append) == folder
     assert server.log == [f"GET /api/models/{NAME}/revision/main"]
     del server.log[:]
-    assert hub.find_model(NAME, revision="a" * 40, report=lines.append) == folder  # a commit does not move
+    assert download.find_model(NAME, revision="a" * 40, report=lines.append) == folder  # a commit does not move
     assert server.log == [] and len(lines) == 3
 
 
 def test_licence_size_and_destination_stand_before_the_first_byte(online):
     server = online(toy=Repository(READ | OTHERS))
     seen = []
-    folder = hub.find_model(NAME, report=lambda line: seen.append((line, list(fetched(server)))))
+    folder = download.find_model(NAME, report=lambda line: seen.append((line, list(fetched(server)))))
     (licence, before), (first, _), (second, index_only) = seen
     assert before == [] and "NVIDIA's" in licence and "Gemma" in licence and f"huggingface.co/{NAME}" in licence
     assert first == f"download: 1 of 1 files, 0.0 MB, to {folder}"
@@ -62,7 +72,7 @@ def test_licence_size_and_destination_stand_before_the_first_byte(online):
 )  # fmt: skip
 def test_one_variant_of_each_component(online, options, weights):
     server = online(toy=Repository(READ | BFLOAT | OTHERS))
-    hub.find_model(NAME, report=None, **options)
+    download.find_model(NAME, report=None, **options)
     assert sorted(fetched(server)) == sorted(PLAIN | set(weights))
 
 
@@ -70,24 +80,24 @@ def test_a_known_repository_comes_in_its_published_dtype(online):
     server = online(toy=Repository(READ | BFLOAT | OTHERS))
     published = "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers"
     server.repositories[published] = server.repositories[NAME]
-    hub.find_model("sana-1.6b-2k", report=None)
+    download.find_model("sana-1.6b-2k", report=None)
     assert sorted(fetched(server)) == sorted(PLAIN | set(BFLOAT))
-    assert all(precision.published(repo.split("/")[1]) is not None for repo in hub.SHORT_NAMES.values())
+    assert all(precision.published(repo.split("/")[1]) is not None for repo in download.SHORT_NAMES.values())
 
 
 def test_the_float16_repository_has_a_better_one(online):
     server = online(toy=Repository(READ))
     server.repositories["Efficient-Large-Model/Sana_1600M_1024px_diffusers"] = server.repositories[NAME]
     lines = []
-    hub.find_model("sana-1.6b-fp16", report=lines.append)
+    download.find_model("sana-1.6b-fp16", report=lines.append)
     assert "sana-1.6b is the same model in bfloat16" in lines[0]
 
 
 def test_a_download_larger_than_the_memory(online, monkeypatch):
     online(toy=Repository(READ))
-    monkeypatch.setattr(hub.memory, "host_memory", lambda: (1000, 1000))
+    monkeypatch.setattr(download.memory, "host_memory", lambda: (1000, 1000))
     lines = []
-    hub.find_model(NAME, report=lines.append)
+    download.find_model(NAME, report=lines.append)
     assert any("more than this machine's memory" in line for line in lines)
 
 
@@ -102,13 +112,13 @@ def test_a_variant_that_is_not_there(online):
 )
 def test_a_part_of_a_pipeline(online, part, folders):
     server = online(toy=Repository(READ | OTHERS))
-    hub.find_model(NAME, part=part, report=None)
+    download.find_model(NAME, part=part, report=None)
     assert {name.split("/")[0] for name in fetched(server)} == folders | {"model_index.json"}
 
 
 def test_a_folder_of_a_repository(online):
     server = online(toy=Repository(READ | OTHERS))
-    folder = hub.find_model(f"hf://{NAME}/vae", report=None)
+    folder = download.find_model(f"hf://{NAME}/vae", report=None)
     assert (folder.name, sorted(fetched(server))) == ("vae", sorted(n for n in READ if n.startswith("vae/")))
     assert (folder / "diffusion_pytorch_model.safetensors").is_file()
     assert "the repository has no 'vea'" in refused(f"hf://{NAME}/vea")
@@ -117,8 +127,8 @@ def test_a_folder_of_a_repository(online):
 def test_components_lie_at_the_top_of_their_repository(online):
     gemma = {"config.json": b"{}", "model.safetensors": b"w", "tokenizer.model": b"p", "README.md": b""}
     server = online(gemma=Repository(gemma), vae=Repository({"config.json": b"{}", "model.safetensors": b"w"}))
-    hub.find_model("owner/gemma", part="text_encoder", report=None)
-    hub.find_model("owner/vae", report=None)
+    download.find_model("owner/gemma", part="text_encoder", report=None)
+    download.find_model("owner/vae", report=None)
     assert sorted(fetched(server)) == ["config.json"] * 2 + ["model.safetensors"] * 2 + ["tokenizer.model"]
 
 
@@ -127,7 +137,7 @@ def test_pickles_only_by_name(online):
     message = refused("owner/nvlabs")
     assert "only pickles" in message and "hf://owner/nvlabs/checkpoints/Sana.pth" in message
     assert fetched(server) == []
-    file = hub.find_model("hf://owner/nvlabs/checkpoints/Sana.pth", report=None)
+    file = download.find_model("hf://owner/nvlabs/checkpoints/Sana.pth", report=None)
     assert file.read_bytes() == b"pickle" and fetched(server) == ["checkpoints/Sana.pth"]
 
 
@@ -151,21 +161,21 @@ def test_a_shard_that_leads_elsewhere(online):
 
 def test_revisions(online):
     server = online(toy=Repository(READ, commit="b" * 40, branch="v1.1"))
-    folder = hub.find_model(f"{NAME}@v1.1", report=None)
-    assert folder == hub.find_model(NAME, "v1.1", report=None) and folder.name == "b" * 40
+    folder = download.find_model(f"{NAME}@v1.1", report=None)
+    assert folder == download.find_model(NAME, "v1.1", report=None) and folder.name == "b" * 40
     assert "the repository has no revision 'v2'" in refused(NAME, "v2")
     assert "revision='v2': model=" in refused(f"{NAME}@v1.1", "v2")
     server.repositories[NAME] = Repository(READ | {"sana_jax.json": b'{"stack": "nvlabs"}'}, commit="c" * 40, branch="v1.1")
-    moved = hub.find_model(f"{NAME}@v1.1", report=None)
+    moved = download.find_model(f"{NAME}@v1.1", report=None)
     assert moved.name == "c" * 40 and (moved / "sana_jax.json").read_bytes() != (folder / "sana_jax.json").read_bytes()
 
 
 def test_without_a_network_the_cache_serves(online, here):
     server = online(toy=Repository(READ | OTHERS))
-    folder = hub.find_model(NAME, report=None)
+    folder = download.find_model(NAME, report=None)
     del server.log[:]
     offline(here)
-    assert hub.find_model(NAME, report=None) == folder and server.log == []
+    assert download.find_model(NAME, report=None) == folder and server.log == []
     message = refused(NAME, variant="bf16")
     assert "variant='bf16' is not there" in message
     (folder / "vae" / "config.json").unlink()
@@ -188,19 +198,19 @@ def test_a_cache_that_others_filled_serves_too(online, here):
     for number in (1, 2):
         huggingface_hub.hf_hub_download(NAME, "transformer/" + SHARD.format(number), cache_dir=constants.HF_HUB_CACHE)
     offline(here)
-    assert (hub.find_model(NAME, report=None) / "transformer" / SHARD.format(1)).is_file()
+    assert (download.find_model(NAME, report=None) / "transformer" / SHARD.format(1)).is_file()
 
 
 def test_a_hub_that_went_away(online, here):
     server = online(toy=Repository(READ | OTHERS))
-    folder = hub.find_model(NAME, report=None)
+    folder = download.find_model(NAME, report=None)
     point_to(here, "http://127.0.0.1:9")  # nobody listens there
     lines = []
-    assert hub.find_model(NAME, report=lines.append) == folder
+    assert download.find_model(NAME, report=lines.append) == folder
     assert len(lines) == 1 and "cannot reach http://127.0.0.1:9" in lines[0] and "cached commit aaaaaaaaaa" in lines[0]
     point_to(here, server.url)
     server.repositories[NAME].refusal = (503, None)
-    assert hub.find_model(NAME, report=lines.append) == folder and "(status 503)" in lines[1]
+    assert download.find_model(NAME, report=lines.append) == folder and "(status 503)" in lines[1]
     point_to(here, "http://127.0.0.1:9")
     (folder / "sana_jax.json").unlink()
     assert "cannot reach" in refused(NAME) and "lacks sana_jax.json" in refused(NAME)
@@ -209,7 +219,7 @@ def test_a_hub_that_went_away(online, here):
 
 def test_records_hold_the_sha256_of_every_fetched_file(online, tmp_path):
     online(toy=Repository(READ | OTHERS))
-    hub.find_model(NAME, report=None)
+    download.find_model(NAME, report=None)
     (record,) = (tmp_path / "xdg" / "sana_jax" / "fetched").rglob("*.json")
     held = json.loads(record.read_text())[NAME]
     assert held["revision"] == "a" * 40 and set(held["files"]) == set(READ | OTHERS)
@@ -221,27 +231,27 @@ def test_records_hold_the_sha256_of_every_fetched_file(online, tmp_path):
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"x": 1}', json.dumps({NAME: {"files": {"a": 1}}}), "[" * 100_000])
 def test_a_damaged_record_is_as_good_as_none(online, tmp_path, damage):
     server = online(toy=Repository(READ | OTHERS))
-    folder = hub.find_model(NAME, "a" * 40, report=None)
+    folder = download.find_model(NAME, "a" * 40, report=None)
     (record,) = (tmp_path / "xdg" / "sana_jax" / "fetched").rglob("*.json")
     record.write_text(damage)
     del server.log[:]
-    assert hub.find_model(NAME, "a" * 40, report=None) == folder
+    assert download.find_model(NAME, "a" * 40, report=None) == folder
     assert server.log == [f"GET /api/models/{NAME}/revision/{'a' * 40}"]
 
 
 def test_local_paths_are_returned_as_they_are(tmp_path):
     (tmp_path / "file.pth").touch()
     for path in (tmp_path, str(tmp_path), tmp_path / "file.pth"):
-        assert hub.find_model(path) == pathlib.Path(path)
+        assert download.find_model(path) == pathlib.Path(path)
     assert "has no revisions" in refused(tmp_path, "main")
 
 
 def test_by_environment_alone(tmp_path):
     """Another process with HF_ENDPOINT and HF_HOME, as a user sets them."""
-    code = "import sys; from sana_jax.hub import find_model; print(find_model(sys.argv[1]))"
+    code = "import sys; from sana_jax.hub.download import find_model; print(find_model(sys.argv[1]))"
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    root = pathlib.Path(hub.__file__).parent.parent
+    root = pathlib.Path(download.__file__).parents[2]
 
     def run(**more):
         done = subprocess.run(

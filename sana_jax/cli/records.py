@@ -7,9 +7,10 @@ could round differently), how the model was loaded, and what must be the same fo
 import json
 from typing import NamedTuple
 
-from sana_jax import a1111, images, pipeline, programs
+from sana_jax import images, pipeline, programs
+from sana_jax.cli import a1111
 from sana_jax.errors import InputError, require_range
-from sana_jax.folders import PICKLES
+from sana_jax.hub.folders import PICKLES
 
 FORMAT = 1
 CHUNK, TEXT, SHEET = "sana_jax", "parameters", "sana_jax_sheet"  # names of text chunks

@@ -6,11 +6,10 @@ import errno
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from sana_jax.hub.errors import explain, is_unreachable
 
-from sana_jax import hub
-from sana_jax.hub_errors import explain, is_unreachable
-from tests.hub_client import client_here, client_online  # noqa: F401
-from tests.hub_client import NAME, READ, fetched, refused
+from sana_jax.hub import download
+from tests.hub_client import NAME, READ, client_here, client_online, fetched, refused  # noqa: F401
 from tests.hub_server import Repository, sha256
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -65,20 +64,20 @@ def test_what_is_no_name(here, model, message):
 
 
 def test_names():
-    assert hub.parse("sana-1.6b").repo == "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-    assert hub.parse("sana-1.6b@v2")[1:] == ("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "v2", "")
-    assert hub.parse("o/n@refs/pr/3")[1:] == ("o/n", "refs/pr/3", "")
-    assert hub.parse("hf://o/n")[1:] == ("o/n", None, "")
-    assert hub.parse("hf://o/n/")[1:] == ("o/n", None, "")
-    assert hub.parse("hf://o/n@v2/a/b.pth")[1:] == ("o/n", "v2", "a/b.pth")
-    assert hub.parse("hf://o/n@refs/pr/3/a/b.pth")[1:] == ("o/n", "refs/pr/3", "a/b.pth")
-    assert hub.parse("hf://o/n/a@b.pth")[1:] == ("o/n", None, "a@b.pth")
+    assert download.parse("sana-1.6b").repo == "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+    assert download.parse("sana-1.6b@v2")[1:] == ("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "v2", "")
+    assert download.parse("o/n@refs/pr/3")[1:] == ("o/n", "refs/pr/3", "")
+    assert download.parse("hf://o/n")[1:] == ("o/n", None, "")
+    assert download.parse("hf://o/n/")[1:] == ("o/n", None, "")
+    assert download.parse("hf://o/n@v2/a/b.pth")[1:] == ("o/n", "v2", "a/b.pth")
+    assert download.parse("hf://o/n@refs/pr/3/a/b.pth")[1:] == ("o/n", "refs/pr/3", "a/b.pth")
+    assert download.parse("hf://o/n/a@b.pth")[1:] == ("o/n", None, "a@b.pth")
 
 
 def test_a_body_that_ends_early_is_resumed(online, here):
     here.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50)  # a resumed download repeats at most one chunk
     server = online(toy=Repository(READ, cut={VAE: 2}))
-    folder = hub.find_model(NAME, report=None)
+    folder = download.find_model(NAME, report=None)
     assert (folder / VAE).read_bytes() == READ[VAE]
     assert [line for line in fetched(server) if VAE in line] == [VAE, f"{VAE} from 500", f"{VAE} from 750"]
 
@@ -86,11 +85,11 @@ def test_a_body_that_ends_early_is_resumed(online, here):
 def test_a_body_that_always_ends_early(online):
     server = online(toy=Repository(READ, cut={VAE: 10**6}))
     assert f"{VAE}: cannot reach" in refused(NAME)
-    assert not list(hub._cache(NAME).rglob("*.incomplete"))
+    assert not list(download._cache(NAME).rglob("*.incomplete"))
     server.repositories[NAME].cut.clear()
     before = set(fetched(server))
     del server.log[:]
-    assert (hub.find_model(NAME, report=None) / VAE).is_file()
+    assert (download.find_model(NAME, report=None) / VAE).is_file()
     assert VAE in fetched(server) and len(before & set(fetched(server)) - {VAE}) == 0  # finished files were kept
 
 
@@ -99,15 +98,15 @@ def test_a_changed_body_is_refused_and_not_kept(online):
     wrong, right = sha256(b"w" + READ[VAE][1:]), sha256(READ[VAE])
     message = refused(NAME)
     assert f"its sha256 is {wrong}, must be {right}; removed, run again" in message and VAE in message
-    assert not (hub._snapshot(NAME, "a" * 40) / VAE).exists()
-    assert not list((hub._cache(NAME) / "blobs").glob(right))
+    assert not (download._snapshot(NAME, "a" * 40) / VAE).exists()
+    assert not list((download._cache(NAME) / "blobs").glob(right))
     server.repositories[NAME].corrupt.clear()
-    assert (hub.find_model(NAME, report=None) / VAE).read_bytes() == READ[VAE]
+    assert (download.find_model(NAME, report=None) / VAE).read_bytes() == READ[VAE]
 
 
 def test_a_file_that_changed_in_the_cache(online):
     online(toy=Repository(READ))
-    path = hub.find_model(NAME, report=None) / VAE
+    path = download.find_model(NAME, report=None) / VAE
     path.write_bytes(b"x" + READ[VAE][1:])
     message = refused(NAME)
     assert "its sha256 is" in message and "delete it and run again" in message and path.exists()
@@ -120,21 +119,21 @@ def test_a_table_is_above_the_hub(online, monkeypatch):
     """A pinned repository comes at its revision, and its files must be those of the table."""
     server = online(toy=Repository(READ, commit="b" * 40, branch="other"))
     files = {name: {"size": len(data), "sha256": sha256(data)} for name, data in READ.items()}
-    monkeypatch.setitem(hub.KNOWN, NAME, {"revision": "b" * 40, "files": files})
-    assert hub.find_model(NAME, report=None).name == "b" * 40
+    monkeypatch.setitem(download.KNOWN, NAME, {"revision": "b" * 40, "files": files})
+    assert download.find_model(NAME, report=None).name == "b" * 40
     files["model_index.json"] = {"size": 8, "sha256": "0" * 64}  # the hub gives no sha256 of a small file
     message = refused(NAME)
     assert "model_index.json is not the published file: its sha256 is " in message and f"must be {'0' * 64}" in message
     files["model_index.json"] = {"size": 3, "sha256": sha256(READ["model_index.json"])}
     assert "has 8 bytes, must have 3" in refused(NAME)
     server.repositories[NAME] = Repository(READ, commit="c" * 40)
-    assert hub.find_model(NAME, "main", report=None).name == "c" * 40  # asked for by name: not the table's
+    assert download.find_model(NAME, "main", report=None).name == "c" * 40  # asked for by name: not the table's
 
 
 def test_a_full_disk_is_noticed_before_the_download(online, monkeypatch):
     server = online(toy=Repository(READ))
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 2000, 2000))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 2000, 2000))
     message = refused(NAME)
     assert "it needs 0.0 MB in " in message and "which has 0.0 MB left" in message and "HF_HOME" in message
     assert [name for name in fetched(server) if "safetensors" in name and "index" not in name] == []

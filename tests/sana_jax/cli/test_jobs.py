@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from sana_jax import images, jobs, records, requests
+from sana_jax import images, requests
+from sana_jax.cli import jobs, records
+from sana_jax.cli.painting import Sheets
+from sana_jax.cli.prompt_files import Entry
 from sana_jax.errors import InputError
-from sana_jax.painting import Sheets
-from sana_jax.prompt_files import Entry
 
 SETTINGS = records.SETTINGS | {"prompt": "cat", "seed": 7}
 ENTRIES = [Entry("line 1", "00001", "one"), Entry("line 4", "00004", "two"), Entry("id 'c'", "c", "three", "blur", 3)]

@@ -13,8 +13,10 @@ import jax
 import jaxlib
 import numpy as np
 
-from sana_jax import fingerprints, folders, hub, images, jobs, precision, records, requests, text
+from sana_jax import images, precision, requests, text
+from sana_jax.cli import jobs, records
 from sana_jax.errors import InputError, NonFiniteError
+from sana_jax.hub import download, fingerprints, folders
 from sana_jax.resolution import PATCH, painted_size
 
 PLANNED = (
@@ -97,26 +99,34 @@ def fingerprint(loading):
     for name, part in {"model": None, "dc_ae": "vae", "text": "text_encoder"}.items():
         if loading[name] is not None:
             revision, variant = (loading[key] if name == "model" else None for key in ("revision", "variant"))
-            path = hub.find_model(loading[name], revision, wanted=wanted, variant=variant, part=part, report=None)
-            lines.append(f"{_part_sha256(path, variant, wanted)}  {name}\n")
+            path = download.find_model(loading[name], revision, wanted=wanted, variant=variant, part=part, report=None)
+            lines.append(f"{_part_sha256(path, variant, wanted, part)}  {name}\n")
     if len(lines) == 1:
         return lines[0].split()[0]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _part_sha256(path, variant, wanted):
+def _part_sha256(path, variant, wanted, part):
     """`fingerprints.model_sha256`, or that of all its files for a folder that is no whole model.
 
-    It may be weights without a configuration, or a pipeline whose autoencoder comes from elsewhere.
+    It may be weights without a configuration, a pipeline whose autoencoder comes from elsewhere, or a
+    text_encoder/ with the tokenizer/ beside it.
     """
-    try:
-        return fingerprints.model_sha256(path, variant, wanted=wanted)
-    except InputError:
-        if not path.is_dir():
-            raise
-    names = sorted(name for name in folders.names_in(path) if name.endswith((".json", ".safetensors", ".model")))
-    digests = fingerprints.files_sha256(path, names)
-    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in names).encode()).hexdigest()
+    whole = (path / "model_index.json").is_file()
+    beside = path.parent / "tokenizer"
+    if whole or not (part == "text_encoder" and path.name == part and beside.is_dir()):
+        try:
+            return fingerprints.model_sha256(path, variant, wanted=wanted, part=part if whole else None)
+        except InputError:
+            if not path.is_dir():
+                raise
+        beside = None
+    digests = {}
+    for folder, prefix in ((path, ""), (beside, "tokenizer/")):
+        if folder is not None:
+            names = [name for name in folders.names_in(folder) if name.endswith((".json", ".safetensors", ".model"))]
+            digests |= {prefix + name: digest for name, digest in fingerprints.files_sha256(folder, names).items()}
+    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def identity(model, model_sha256, instruction):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sana_jax import a1111, images, records
+from sana_jax import images
+from sana_jax.cli import a1111, records
 from sana_jax.errors import InputError
 
 PROMPT = 'ein Häuschen\nim 雪 "q" \\'

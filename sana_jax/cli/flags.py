@@ -9,7 +9,8 @@ import re
 import secrets
 from typing import NamedTuple
 
-from sana_jax import images, precision, records
+from sana_jax import images, precision
+from sana_jax.cli import records
 from sana_jax.errors import InputError, nearest, require_choice, require_range
 
 NO_MODEL = (

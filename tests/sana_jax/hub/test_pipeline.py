@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import sana_jax
-from sana_jax import hub
+from sana_jax.hub import download
 from tests.hub_client import client_here, client_online, fetched, offline  # noqa: F401
 from tests.hub_server import Repository
 
@@ -18,6 +18,7 @@ PUBLISHED = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 def published(toy_folder, tmp_path_factory):
     """What a repository holds: float32 files in shards, and a bfloat16 variant beside them."""
     import torch
+
     from tests.toy_pipeline import make_pipeline
 
     folder = tmp_path_factory.mktemp("published")
@@ -71,4 +72,4 @@ def test_licences_are_named_before_anything_is_loaded(online, published, capsys)
     sana_jax.load_pipeline("Efficient-Large-Model/Sana_Toy_diffusers")
     out, err = capsys.readouterr()
     assert err.startswith("licence: ") and "download: " in err and out == ""
-    assert str(hub._cache("Efficient-Large-Model/Sana_Toy_diffusers")) in err
+    assert str(download._cache("Efficient-Large-Model/Sana_Toy_diffusers")) in err

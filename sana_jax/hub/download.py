@@ -15,13 +15,14 @@ import shutil
 import sys
 from typing import NamedTuple
 
-from sana_jax import folders, memory, precision
+from sana_jax import memory, precision
 from sana_jax.checkpoints.read import read_json
 from sana_jax.errors import InputError, nearest, require_choice
-from sana_jax.fingerprints import cache_folder, files_sha256, write_atomically
-from sana_jax.hub_errors import explain, is_unreachable
-from sana_jax.hub_names import BETTER, SHORT_NAMES, parse
-from sana_jax.known_files import KNOWN
+from sana_jax.hub import folders
+from sana_jax.hub.errors import explain, is_unreachable
+from sana_jax.hub.fingerprints import cache_folder, files_sha256, write_atomically
+from sana_jax.hub.known_files import KNOWN
+from sana_jax.hub.names import BETTER, SHORT_NAMES, parse
 
 LICENCE = (
     "licence: the weights are not under this program's licence. Read that of https://huggingface.co/{repo} "

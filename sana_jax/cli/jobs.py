@@ -6,7 +6,8 @@ import json
 import pathlib
 import tempfile
 
-from sana_jax import images, records
+from sana_jax import images
+from sana_jax.cli import records
 from sana_jax.errors import InputError
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from sana_jax import prompt_files
+from sana_jax.cli import prompt_files
+from sana_jax.cli.prompt_files import Entry, Problem
 from sana_jax.errors import InputError
-from sana_jax.prompt_files import Entry, Problem
 
 
 def read(tmp_path, data, form="lines"):

@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
-from sana_jax import fingerprints, folders
 from sana_jax.errors import InputError
+from sana_jax.hub import fingerprints, folders
 from tests.hub_client import READ
 
 
