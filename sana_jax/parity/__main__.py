@@ -1,0 +1,87 @@
+"""Compares a checkpoint here with itself in PyTorch, rung by rung, and says whether they agree.
+
+    python -m sana_jax.parity MODEL [--output DIR]
+
+MODEL is a pipeline folder in diffusers layout, a Hugging Face id or a short name.  Needs the extra
+`parity` (PyTorch, diffusers, accelerate), no GPU, and memory for the largest part in float32 (about 12 GB
+with Gemma-2-2b).  A .pth file is converted first: python -m sana_jax.convert FILE DIR.
+Exit status: 0 all lines within their bounds, 1 not, 2 bad input.
+"""
+
+import argparse
+import os
+import re
+import sys
+
+# Both frameworks share the card, one after the other; set before jax looks for one.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+
+from sana_jax.errors import InputError, NonFiniteError, require_choice
+from sana_jax.parity import case as cases
+from sana_jax.parity import ladder, peers, report
+
+PROMPT = "A photo of a Red cat that sits on a blue chair"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"sana_jax.parity: error: {' '.join(message.split())}\n")
+
+
+def parse(argv):
+    words = __doc__.split("\n\n")
+    parser = Parser(prog="python -m sana_jax.parity", description=words[0], epilog=words[2], allow_abbrev=False)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="pipeline folder in diffusers layout, Hugging Face id or short name")
+    add("--reference", metavar="FOLDER", help="what PyTorch reads in place of MODEL, e.g. what MODEL was converted from")
+    add("--only", metavar="RUNGS", help=f"some of {','.join(cases.RUNGS)}")
+    add("--size", metavar="WxH", default="320x256", help="of the latents and the picture, in pixels (320x256, for a CPU's sake)")
+    add("--steps", type=int, help="of the picture (20, or 2 for a SANA-Sprint)")
+    add("--prompt", default=PROMPT, help=f"text of the text and picture lines ({PROMPT!r})")
+    add("--dtype", default="fp32", help="fp32 (default), or bf16 for further lines: our bfloat16 error over PyTorch's own")
+    add("--revision", help="branch, tag or commit of a Hugging Face id")
+    add("--output", metavar="DIR", help="write parity.md, parity.json and side_by_side.png there")
+    return parser.parse_args(argv)
+
+
+def make_case(args):
+    """The Case of the arguments.  Raises InputError."""
+    rungs = tuple(args.only.split(",")) if args.only is not None else cases.RUNGS
+    for rung in rungs:
+        require_choice("only", rung, cases.RUNGS)
+    require_choice("dtype", args.dtype, ("fp32", "bf16"))
+    if not (match := re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", args.size)):
+        raise InputError(f"size={args.size!r}: must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
+    if not args.prompt.strip():
+        raise InputError(f"prompt={args.prompt!r}: must not be empty; the null prompt is compared anyway")
+    peers.require()
+    model = cases.find(args.model, args.revision)
+    reference = model if args.reference is None else cases.find(args.reference)
+    size = int(match[2]), int(match[1])
+    return cases.make(
+        model, reference, prompt=args.prompt, size=size, steps=args.steps, rungs=rungs, bfloat16=args.dtype == "bf16"
+    )
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        case = make_case(args)
+        device = peers.prepare()
+        name = peers.device_name(device)
+        result = ladder.climb(case, device, ladder.to_stderr)
+        print(report.markdown(case, result, name))
+        for path in report.write(args.output, case, result, name) if args.output else ():
+            ladder.to_stderr(f"wrote {path}")
+    except InputError as error:
+        print(f"sana_jax.parity: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"sana_jax.parity: FAILS: {error}", file=sys.stderr)
+        return 1
+    return 1 if result.failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
