@@ -33,7 +33,10 @@ def complain(message, word="error"):
 
 
 def run(args):
-    """Finds all that can be wrong before a model is read or a device touched; then loads and paints."""
+    """Finds all that is wrong for every model before one is read or a device touched; then loads, and paints.
+
+    What only this model has no use for (`painting.complete`) is found when it is there, before it paints.
+    """
     flags.check_words(args)
     recipe = None
     if args.from_image is not None:
@@ -70,7 +73,7 @@ def run(args):
 
     batches, pending, original = jobs.batches(pictures, args.batch_size or 1), pictures, None
     if entries is not None and not args.overwrite:
-        pending = jobs.unfinished(pictures, identity)
+        pending = jobs.unfinished(pictures, identity, args.seed == -1)
         batches = [kept for batch in batches if (kept := batch.keep(pending)).kept]
     if recipe:
         records.require_same(recipe, identity, flags.may_differ(args), args.from_image)
@@ -79,6 +82,8 @@ def run(args):
             batches = [jobs.recorded(pictures[0], recipe.batch)]
             original, _ = images.read_picture(args.from_image)
         print(f"{args.from_image}: {difference or 'painted again'}")
+    if entries is not None and args.seed == -1:  # what --seed has to be for the rest of an interrupted run
+        print(f"seed: {settings['seed']} (drawn)")
     print(painting.description(model, pictures, args.axes))
     if slow := painting.slowness(model):
         warnings.warn(slow)
@@ -88,22 +93,27 @@ def run(args):
     work = painting.paint(model, batches, loading, identity, chi=chi, init_image=init_image, on_step=on_step)
     try:
         with bar:
-            for picture, error in work:
-                (failed if error else done).append(picture)
+            for picture, path, error in work:
                 if error:
+                    failed.append(picture)
                     complain(f"{picture.place or picture.path}: {error}" if len(pictures) > 1 else error)
+                else:
+                    done.append(path)
                 bar.update(0 if on_step else 1)
                 marks.append((time.perf_counter(), sum(compiling)))
-                sheets.done(picture)
+                sheets.done(picture, path)
     except KeyboardInterrupt:
-        again = "the same command paints the rest" if entries else "those are kept"
+        drawn = f" with --seed {settings['seed']}" if args.seed == -1 else ""
+        again = f"the same command{drawn} paints the rest" if entries else "those are kept"
         complain(f"interrupted after {len(done)} of {len(pending)} pictures; {again}")
         return INTERRUPTED
     report(args, done, failed, problems, blank, len(pictures) - len(pending), sheets.written)
     print(f"compile: {sum(compiling):.1f} s, {pace(marks, batches)}total: {time.perf_counter() - started:.1f} s")
     if original is not None and done:
-        same = np.array_equal(images.read_picture(done[0].path)[0], original)
-        print(f"{args.from_image}: {'the same, bit for bit' if same else 'NOT the same bits'}")
+        if not np.array_equal(images.read_picture(done[0])[0], original):
+            complain(f"{args.from_image}: NOT the same bits")
+            return FAILED
+        print(f"{args.from_image}: the same, bit for bit")
     return FAILED if failed or problems else FINE
 
 
@@ -127,7 +137,7 @@ def progress(mode, batches):
     """(a bar on a terminal, or where it is asked for; what `generate` gets as on_step)."""
     mode = mode or "auto"
     steps = mode == "steps"
-    total = sum(batch.settings["steps"] if steps else len(batch.kept) for batch in batches)
+    total = sum(batch.kept[0].evaluations if steps else len(batch.kept) for batch in batches)
     hidden = mode == "none" or (mode == "auto" and not sys.stderr.isatty())
     bar = tqdm.tqdm(total=total, unit="step" if steps else "image", disable=hidden)
     return bar, (lambda step, _: bar.update(min(step, 1))) if steps else None
@@ -143,7 +153,7 @@ def pace(marks, batches):
 
 def report(args, done, failed, problems, blank, there, sheets):
     if args.prompts_file is None:
-        for path in [picture.path for picture in done] + sheets:
+        for path in done + sheets:
             print(path)
         return
     places = [place for place, _ in problems] + sorted({picture.place for picture in failed})

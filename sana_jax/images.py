@@ -10,32 +10,61 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from sana_jax.errors import InputError
+from sana_jax.files import read_bounded
 
 END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # how every whole PNG ends
+LARGEST = 256 << 20  # bytes of a picture to begin with
 LONGEST_TEXT = 1 << 20  # characters of one text chunk; ours have a few thousand
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def save_png(path, image, texts):
+def save_png(path, image, texts, other=None):
     """Writes uint8 [H W 3] with {name: text} beside the pixels; the file is whole or absent.
 
-    Raises InputError: the path cannot be written.
+    Args:
+      other: (path that is taken) -> the next to try; None writes over what is there.
+    Returns:
+      The path that it has.
+    Raises:
+      InputError: the path cannot be written.
     """
     path = pathlib.Path(path)
     chunks = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         chunks.add_itxt(name, text)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             Image.fromarray(image).save(partial, format="PNG", pnginfo=chunks)
-            os.replace(partial, path)
+            if other is None:
+                os.replace(partial, path)
+            else:
+                while not _moved(partial, path):
+                    path = other(path)
+            return path
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise InputError(f"output={str(path)!r}: cannot be written ({error.strerror or error})") from error
+
+
+def _moved(partial, path):
+    """Moves a file to a path that nobody has; False where somebody has it, be it since a moment ago."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: for a moment an empty file stands there
+        try:
+            open(path, "xb").close()
+        except FileExistsError:
+            return False
+        os.replace(partial, path)
+    else:
+        partial.unlink()
+    return True
 
 
 def is_whole(path):
@@ -81,18 +110,28 @@ def read_texts(path, names):
 def read_picture(path):
     """(uint8 [H W 3], sha256 of the file) of a PNG, JPEG or WebP, turned as its EXIF says.
 
-    Raises InputError: absent, or no picture of these formats.
+    What is transparent is shown before white, and 16 bits become 8.
+    Raises InputError: absent, too large, or no picture of these formats.
     """
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"image={str(path)!r}: cannot be read ({error.strerror})") from error
-    with _open(io.BytesIO(data), f"image={str(path)!r}", PICTURE_FORMATS) as image:
+    name = f"image={str(path)!r}"
+    data = read_bounded(path, LARGEST, name)
+    with _open(io.BytesIO(data), name, PICTURE_FORMATS) as image:
         try:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            pixels = _opaque(ImageOps.exif_transpose(image))
         except Exception as error:
-            raise InputError(f"image={str(path)!r}: broken ({type(error).__name__}: {error})") from error
+            raise InputError(f"{name}: broken ({type(error).__name__}: {error})") from error
     return pixels, hashlib.sha256(data).hexdigest()
+
+
+def _opaque(image):
+    """uint8 [H W 3] of a PIL image."""
+    if image.mode.startswith("I"):  # grey in 16 bits, which `convert` would cut off at 255
+        grey = np.asarray(image).astype(np.int64)
+        alpha = np.where(grey == image.info.get("transparency", -1), 0, 255)
+        image = Image.fromarray(np.stack([np.rint(grey / 257), alpha], axis=-1).astype(np.uint8), "LA")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def contact_sheet(cells, columns, title, side=512):

@@ -21,9 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sana_jax.errors import InputError, nearest
+from sana_jax.files import read_bounded
 
 LENGTH = 300  # tokens that SANA was trained with
 BUCKETS = (64, 128, 300)
+LARGEST_FILE = 1 << 20  # bytes of an instruction; the published ones have a few thousand
 FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")
 
 SHA256_DIFFUSERS = "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
@@ -99,11 +101,12 @@ def find_instruction(chi, stack, checkpoint_text=None):
 
 
 def read_instruction_file(path):
-    """An instruction from a UTF-8 file, byte for byte: a newline at its end is part of it."""
+    """An instruction from a UTF-8 file, byte for byte: a newline at its end is part of it.
+
+    Raises InputError: no plain file, more than a megabyte, or not UTF-8.
+    """
     try:
-        text = pathlib.Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 ({error.reason}, byte {error.start})") from error
     return Instruction(text, f"file {path}")

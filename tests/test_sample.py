@@ -20,6 +20,7 @@ from PIL import Image
 import sample
 import sana_jax
 from sana_jax import compile_cache as programs_cache
+from sana_jax import images
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
 from sana_jax.cli import painting, records
@@ -193,7 +194,7 @@ def test_flags_reach_the_pipeline(painter, model):
     assert (status, err) == (0, "sample.py: warning: prompts[0] is too long\n")
     assert out.splitlines()[0] == "device: cpu (cpu), bfloat16, stack nvlabs"
     assert out.splitlines()[2:4] == [
-        "instruction: file chi.txt",
+        f"instruction: file {pathlib.Path('chi.txt').absolute()}",
         "painting: 3 of 96 x 64, flow-euler, 3 steps, guidance 1.5, perturbed attention 1.5, seed 9",
     ]
     given = CALL | dict(steps=3, guidance_scale=1.5, seed=9, width=96, sampler="flow-euler", max_sequence_length=77)
@@ -204,7 +205,8 @@ def test_flags_reach_the_pipeline(painter, model):
     ]  # fmt: skip
     recipe, _ = records.read("new/a-1.png")
     assert recipe.identity["chi_sha256"] == hashlib.sha256(pathlib.Path("chi.txt").read_bytes()).hexdigest()
-    assert (recipe.loading["chi"], recipe.identity["dtype"], recipe.batch["position"]) == ("chi.txt", "bfloat16", 1)
+    chi = str(pathlib.Path("chi.txt").absolute())
+    assert (recipe.loading["chi"], recipe.identity["dtype"], recipe.batch["position"]) == (chi, "bfloat16", 1)
     assert run("cat", "--model", model, "--chi", "none", "--output", "b.png", "--compile-cache", "none")[0] == 0
     assert records.read("b.png")[0].identity["chi_sha256"] == hashlib.sha256(b"").hexdigest()
     assert painter.calls[-1] == (["cat"], CALL | {"chi": "none"})
@@ -252,6 +254,77 @@ def test_one_bad_picture_fails_alone(painter, model):
     assert sorted(p.name for p in pathlib.Path("out").iterdir()) == ["00000_0.png", "00002_0.png"]
     assert [arguments["first_image"] for _, arguments in painter.calls] == [[0, 1, 2], [0], [1], [2]]
     assert records.read("out/00002_0.png")[0].batch["indices"] == [2]
+
+
+def exhausted(number):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nMore lines.")
+
+
+@pytest.mark.parity
+def test_a_batch_that_memory_does_not_hold_is_painted_one_by_one(painter, model):
+    painter.before = lambda number: exhausted(number) if number in (1, 3) else None
+    arguments = ["--num-images", 3, "--batch-size", 3, "--output", "out", "--compile-cache", "none"]
+    status, _, err = run("cat", "--model", model, *arguments)
+    batch, alone = (f"out of memory for a batch of {n} of 64 x 64 in float32; try a smaller " for n in (3, 1))
+    assert (status, err.splitlines()) == (1, [
+        f"sample.py: warning: {batch}--batch-size or a smaller --size or --dtype bf16; its pictures are painted one by one",
+        f"sample.py: error: out/00001_0.png: {alone}--size or --dtype bf16",
+    ])  # fmt: skip
+    assert sorted(p.name for p in pathlib.Path("out").iterdir()) == ["00000_0.png", "00002_0.png"]
+    assert [arguments["first_image"] for _, arguments in painter.calls] == [[0, 1, 2], [0], [1], [2]]
+
+
+@pytest.mark.parity
+def test_one_picture_that_memory_does_not_hold(painter, model):
+    painter.before = exhausted
+    status, _, err = run("cat", "--model", model, "--dtype", "bf16", "-o", "a.png", "--compile-cache", "none")
+    assert (status, err) == (1, "sample.py: error: out of memory for a batch of 1 of 64 x 64 in bfloat16; try a smaller --size\n")
+
+    def broken(number):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    painter.before = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone"):
+        run("cat", "--model", model, "-o", "a.png", "--compile-cache", "none")
+
+
+@pytest.mark.parity
+def test_two_runs_at_once_lose_no_picture(painter, model):
+    """The second one begins, and ends, between the first one's choice of numbers and its pictures."""
+    arguments = ["--model", model, "--output", "out", "--compile-cache", "none", "-n", 2, "--grid", "seed=0"]
+    others = []
+
+    def meanwhile(number):
+        painter.before = lambda number: None
+        others.append(run("two", *arguments))
+
+    painter.before = meanwhile
+    status, out, err = run("one", *arguments)
+    (other,) = others
+    assert (status, err, other[0], other[2]) == (0, "", 0, "")
+    names = [[pathlib.Path(line).name for line in lines.splitlines() if line.startswith("out/")] for lines in (other[1], out)]
+    assert names[0] == ["00000_0_seed=0.png", "00001_0_seed=0.png", "00002_0_grid.png"]
+    assert len(names[1]) == 3 and sorted(sum(names, [])) == sorted(p.name for p in pathlib.Path("out").iterdir())
+    assert not set(names[0]) & set(names[1]), "nothing was overwritten"
+    for number, prompt in enumerate(["two", "one"]):
+        assert [records.read(f"out/{name}")[0].settings["prompt"] for name in names[number][:2]] == [prompt] * 2
+        assert json.loads(images.read_texts(f"out/{names[number][2]}", ("sana_jax_sheet",))["sana_jax_sheet"])["pictures"] == names[number][:2]
+
+
+@pytest.mark.parity
+def test_local_paths_are_recorded_from_the_root(painter, model, monkeypatch):
+    """A relative one, read in another folder, would be looked for on the hub."""
+    shutil.copytree(model, "models/toy")
+    assert run("cat", "--model", "models/toy", "--text", "models/toy", "-o", "a.png", "--compile-cache", "none")[0] == 0
+    base = pathlib.Path.cwd()
+    loading = records.read("a.png")[0].loading
+    assert (loading["model"], loading["text"]) == (str(base / "models/toy"),) * 2
+    pathlib.Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--from-image", base / "a.png", "-o", "b.png", "--compile-cache", "none")[0] == 0
+    shutil.rmtree(base / "models")
+    status, _, err = run("--from-image", base / "a.png", "-o", "b.png", "--compile-cache", "none")
+    assert (status, err) == (2, f"sample.py: error: model='{base}/models/toy': no such folder or file\n")
 
 
 def test_a_cache_that_others_can_write_is_not_used(tmp_path):

@@ -67,10 +67,15 @@ WRONG = [
     ("cat --model . --grid steps=", "--grid 'steps=': must have values, each of them once"),
     ("cat --model . --grid cfg=2,2.0", "--grid 'cfg=2,2.0': must have values, each of them once"),
     ("cat --model . --grid cfg=2 --grid cfg_scale=3", "--grid 'cfg_scale=3': guidance-scale is given twice"),
+    ("cat --model . --grid seed=-1,3", "--grid 'seed=-1,3': -1 draws a seed, and a grid compares seeds that are known"),
+    ("cat\x1b[0m --model .", "prompt: has the control character U+001B at character 3"),
+    ("cat --neg \udcff --model .", "negative_prompt: has the control character U+DCFF at character 0"),
+    ("--prompts-file /dev/zero --model .", "/dev/zero: cannot be read (must be a plain file, is a device or a pipe)"),
+    ("cat --model . --chi /dev/zero", "/dev/zero: cannot be read (must be a plain file, is a device or a pipe)"),
+    ("cat --model . --image /dev/zero", "image='/dev/zero': cannot be read (must be a plain file, is a device or a pipe)"),
     ("cat --model . --steps 3 --grid step=2", "--grid 'step=2': steps is given twice"),
     ("cat --model . --grid steps=5,2000", "steps=2000: must be an int in [1, 1000]; nearest valid 1000"),
     ("cat --model . --chi absent.txt", "absent.txt: cannot be read (No such file or directory)"),
-    ("cat --model . --chi latin.txt", "latin.txt: must be UTF-8"),
     ("cat --model . --output cat.jpg", "output='cat.jpg': must end in .png, or be a folder"),
     ("cat --model . --output latin.txt/cat.png", "output='latin.txt/cat.png': cannot be written (Not a dir"),
     ("cat --model . --output latin.txt/folder", "output='latin.txt/folder': cannot be written (Not a dir"),
@@ -89,6 +94,13 @@ def test_wrong_by_itself(monkeypatch, tmp_path, arguments, message):
     (tmp_path / "list.txt").write_text("one\n")
     (tmp_path / "two.json").write_text('{"a": {"prompt": "one", "seed": 3}}')
     assert refused(monkeypatch, tmp_path, *arguments.split()).startswith(message)
+
+
+def test_an_instruction_that_is_no_text(monkeypatch, tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Häuschen".encode("latin-1"))
+    message = refused(monkeypatch, tmp_path, "cat", "--model", ".", "--chi", path)
+    assert message == f"{path}: must be UTF-8 (invalid continuation byte, byte 1)"
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--num-inference-steps", "--num_inference_steps", "--step"])
@@ -113,6 +125,8 @@ def test_models_that_are_none(monkeypatch, tmp_path):
 
     assert "has no model_index.json, is not a pipeline in diffusers layout" in message(tmp_path)
     assert "must be a folder in diffusers layout, or a Hugging Face id (owner/name)" in message("no/such/folder")
+    for path in ("./nosuch", "../nosuch", "/no/such", "~/nosuch"):
+        assert message(path) == f"model={path!r}: no such folder or file"
     assert "model='nobody/nothing': not a local folder, and the download failed: " in message("nobody/nothing")
 
 

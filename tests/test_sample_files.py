@@ -129,7 +129,10 @@ def test_a_process_that_is_killed(model, tmp_path, monkeypatch):
         "not painted: line 13"
     )
     assert all(path.stat().st_mtime_ns == times for path, times in there.items())
-    assert sorted(p.name for p in pathlib.Path("out").iterdir()) == [f"{n:05d}.png" for n in range(1, 13)]
+    names = sorted(p.name for p in pathlib.Path("out").iterdir())
+    left = [name for name in names if name.endswith(".partial")]  # of what was being written when it was killed
+    assert [name for name in names if name not in left] == [f"{n:05d}.png" for n in range(1, 13)]
+    assert all(name.endswith(f".png.{process.pid}.partial") for name in left)
     for path in pathlib.Path("whole").iterdir():
         np.testing.assert_array_equal(images.read_picture(path)[0], images.read_picture(pathlib.Path("out") / path.name)[0])
 
@@ -156,6 +159,24 @@ def test_what_is_there_but_differs_is_not_skipped(painter, model):
     assert message() == f"{second}: does not say how it was made, has no text 'sana_jax' or 'parameters'"
     images.save_png(second, np.zeros((2, 2, 3), np.uint8), {"parameters": "three"})
     assert message().startswith("height=32: out/00002.png is there, with None")
+
+
+def test_a_drawn_seed_is_told_and_goes_on(painter, model):
+    pathlib.Path("list.txt").write_text("one\ntwo\n")
+
+    def interrupt(number):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    painter.before = interrupt
+    status, out, err = run(*arguments(model, "--seed", -1))
+    (seed,) = re.findall(r"^seed: (\d+) \(drawn\)$", out, re.MULTILINE)
+    rest = f"the same command with --seed {seed} paints the rest"
+    assert (status, err) == (130, f"sample.py: error: interrupted after 1 of 2 pictures; {rest}\n")
+    status, _, err = run(*arguments(model, "--seed", -1))
+    end = f"is there, with {seed}; use --seed {seed} to go on with those, another --output, or --overwrite\n"
+    assert status == 2 and re.fullmatch(rf"sample.py: error: seed=\d+: out/00001.png {end}", err)
+    assert run(*arguments(model, "--seed", seed))[0] == 0 and painter.calls[-1][0] == ["two"]
 
 
 def test_json_and_a_bad_picture_in_a_batch(painter, model):

@@ -5,6 +5,7 @@ Every name may be written with underscores.  A setting is given once, under whic
 
 import argparse
 import difflib
+import os
 import re
 import secrets
 from typing import NamedTuple
@@ -242,6 +243,8 @@ def _axes(parser, args):
             axes[dest] = [SETTINGS[name].kind(value.strip()) for value in values.split(",") if value.strip()]
         except ValueError:
             parser.error(f"--grid {axis!r}: every value of {name} must be {_kind_words(SETTINGS[name].kind)}")
+        if dest == "seed" and -1 in axes[dest]:
+            parser.error(f"--grid {axis!r}: -1 draws a seed, and a grid compares seeds that are known; list them")
         if not axes[dest] or len(set(axes[dest])) < len(axes[dest]):
             parser.error(f"--grid {axis!r}: must have values, each of them once")
     return axes
@@ -283,6 +286,7 @@ def settings(args, recipe=None):
     if found["init_image"] is None:
         return found, None
     pixels, sha256 = images.read_picture(found["init_image"])
+    found["init_image"] = os.path.abspath(found["init_image"])  # a record may be read in any folder
     name, before = "init_image_sha256", found["init_image_sha256"]
     if args.image is None and sha256 != before and name not in args.allow_mismatch:
         raise InputError(
@@ -293,7 +297,8 @@ def settings(args, recipe=None):
 
 
 def loading(args, recipe=None):
-    """How the model is asked for, `records.LOADING`.  Raises InputError."""
+    """How the model is asked for, `records.LOADING`, with local paths from the root: elsewhere a
+    relative one could be the name of a repository.  Raises InputError."""
     given = {name: getattr(args, name) for name in records.LOADING if getattr(args, name) is not None}
     found = recipe.loading if recipe else records.LOADING
     if recipe:
@@ -303,6 +308,10 @@ def loading(args, recipe=None):
     found = found | given
     if found["model"] is None:
         raise InputError(NO_MODEL)
+    words = {"chi": ("auto", "none")}
+    for name in ("model", "dc_ae", "text", "chi"):
+        if found[name] is not None and found[name] not in words.get(name, ()) and os.path.exists(found[name]):
+            found = found | {name: os.path.abspath(found[name])}
     return found
 
 

@@ -20,6 +20,8 @@ class Picture:
     sheet: pathlib.Path  # of the contact sheet that shows it, where there is a grid
     label: str = ""  # how it differs from the others of its prompt, for people
     place: str = ""  # of its prompt in a file
+    numbered: bool = False  # named after the next free number, which somebody else may take first
+    evaluations: int = 0  # of the network, once a model was asked
 
 
 def check_output(output):
@@ -48,6 +50,12 @@ def check_output(output):
 def _first_free_number(folder):
     taken = [int(n) for p in folder.glob("*_*.png") if (n := p.name.split("_")[0]).isdecimal()]
     return max(taken, default=-1) + 1
+
+
+def next_path(path):
+    """The path with the next free number, for one whose number was taken."""
+    number, rest = path.name.split("_", 1)
+    return path.with_name(f"{max(_first_free_number(path.parent), int(number) + 1):05d}_{rest}")
 
 
 def cells(axes):
@@ -95,7 +103,7 @@ def pictures(entries, settings, axes, count, output, suffix=".png"):
                 made.append((folder / (name + suffix), now, label(cell) + (f" image {now['index']}" if count > 1 else "")))
         base = f"{next(numbers):05d}_{settings['seed']}" if numbers and axes else stem or (entry and entry.name) or ""
         sheet = folder / f"{base}_grid{suffix}"
-        found += [Picture(*one[:2], sheet, one[2].strip(), place) for one in made]
+        found += [Picture(*one[:2], sheet, one[2].strip(), place, numbers is not None) for one in made]
     return found
 
 
@@ -175,8 +183,8 @@ def call(batch, init_image=None):
     return arguments
 
 
-def unfinished(pictures, identity):
-    """The pictures of a prompts file that are not there yet.
+def unfinished(pictures, identity, drawn=False):
+    """The pictures of a prompts file that are not there yet; `drawn`: their seed was drawn for this run.
 
     Raises InputError: a picture is there that this run would paint differently, or that is not ours.
     """
@@ -188,7 +196,8 @@ def unfinished(pictures, identity):
         recipe, _ = records.read(picture.path)
         if found := records.difference(recipe, picture.settings, identity):
             name, there, here = found
+            seed = f"--seed {there} to go on with those, " if drawn and name == "seed" else ""
             raise InputError(
-                f"{name}={here!r}: {picture.path} is there, with {there!r}; use another --output, or --overwrite"
+                f"{name}={here!r}: {picture.path} is there, with {there!r}; use {seed}another --output, or --overwrite"
             )
     return missing

@@ -41,14 +41,14 @@ def complete(picture, model, ratio=None):
             asked = {name: settings[name] for name in PLANNED}
             return requests.plan(module, model.stack, model.flow_shift, **asked, strength=strength, guided=True)
 
-    found = plan(None)
+    found = behind = plan(None)
     sprint = found.static["sampler"] == "scm"
     if sprint and settings["negative_prompt"]:
         where = f"{picture.place}: " if picture.place else ""
         raise InputError(f"{where}negative_prompt: SANA-Sprint has no unconditional half that could take one; leave it empty")
     if settings["init_image"] is not None:
         strength = requests.STRENGTH if settings["strength"] is None else settings["strength"]
-        plan(strength)
+        behind = plan(strength)  # the steps that are left of those asked for
     side = module.sample_size * PATCH
     height, width = (side if settings[name] is None else settings[name] for name in ("height", "width"))
     if ratio is not None:
@@ -69,7 +69,7 @@ def complete(picture, model, ratio=None):
         "pag_layers": list(model.stack.pag_layers) if settings["pag_scale"] and layers is None else layers,
         "strength": strength,
     }
-    return dataclasses.replace(picture, settings=full)
+    return dataclasses.replace(picture, settings=full, evaluations=behind.steps)
 
 
 def description(model, pictures, axes):
@@ -147,10 +147,12 @@ def identity(model, model_sha256, instruction):
 
 
 def paint(model, batches, loading, identity, *, chi, init_image=None, on_step=None):
-    """Paints batches and saves their pictures, one (picture, error or None) after the other.
+    """Paints batches and saves their pictures, one (picture, path, error) after the other.
 
-    A batch is written while the next is painted.  A picture that is not finite is an error of its own:
-    the others of its batch are painted again, each by itself.
+    One of path and error is None; the path is the picture's own, or, if it is numbered and somebody
+    else came first, that with the next free number.  A batch is written while the next is painted.  A
+    picture that is not finite, or for which memory does not suffice, is an error of its own: the
+    others of its batch are painted again, each by itself.
 
     Args:
       loading, identity: for the records, see `records.make`.
@@ -159,24 +161,35 @@ def paint(model, batches, loading, identity, *, chi, init_image=None, on_step=No
       on_step: as in `Pipeline.generate`.
     Raises:
       InputError: a picture that cannot be written.
+      jax.errors.JaxRuntimeError: any other failure of the device.
     """
     saving = []  # (picture, future) of the batch before
 
     def settled():
         while saving:
-            saving[0][1].result()
-            yield saving.pop(0)[0], None
+            picture, saved = saving[0]
+            path = saved.result()
+            saving.pop(0)
+            yield picture, path, None
 
     with concurrent.futures.ThreadPoolExecutor(SAVERS) as pool:
         try:
             for batch in batches:
-                started = time.perf_counter()
+                started, problem = time.perf_counter(), None
                 try:
                     pixels = _generate(model, batch, init_image, chi=chi, on_step=on_step)
                 except NonFiniteError as error:
+                    problem = str(error)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    problem = _out_of_memory(batch, model)
+                    if len(batch.rows) > 1:
+                        warnings.warn(f"{problem}; its pictures are painted one by one", stacklevel=1)
+                if problem is not None:  # outside of `except`, whose traceback would keep what the device holds
                     yield from settled()
                     if len(batch.rows) == 1:
-                        yield batch.kept[0], error
+                        yield batch.kept[0], None, problem
                     else:
                         alone = [one for picture in batch.kept for one in jobs.batches([picture], 1)]
                         yield from paint(
@@ -189,12 +202,22 @@ def paint(model, batches, loading, identity, *, chi, init_image=None, on_step=No
                     if picture is not None:
                         row = {"position": position, **batch.described}
                         record = records.make(picture.settings, row, loading, identity, seconds=seconds)
-                        saved = pool.submit(images.save_png, picture.path, pixels[position], records.texts(record))
+                        other = jobs.next_path if picture.numbered else None
+                        saved = pool.submit(images.save_png, picture.path, pixels[position], records.texts(record), other)
                         saving.append((picture, saved))
         except KeyboardInterrupt:
             yield from settled()
             raise
         yield from settled()
+
+
+def _out_of_memory(batch, model):
+    settings, dtype = batch.settings, jax.numpy.dtype(model.sana[0].dtype)
+    smaller = ["a smaller --batch-size"] * (len(batch.rows) > 1) + ["a smaller --size"] + ["--dtype bf16"] * (dtype.itemsize > 2)
+    return (
+        f"out of memory for a batch of {len(batch.rows)} of {settings['width']} x {settings['height']} "
+        f"in {dtype.name}; try {' or '.join(smaller)}"
+    )
 
 
 def _generate(model, batch, init_image, *, chi, on_step):
@@ -228,6 +251,7 @@ class Sheets:
         """Args: all pictures of a run, its grid, its images per prompt, and what is to be painted."""
         self.axes, self.count = axes, count
         self.all, self.open, self.written = {}, {}, []
+        self.paths = {id(picture): picture.path for picture in pictures}
         if axes:
             for picture in pictures:
                 self.all.setdefault(picture.sheet, []).append(picture)
@@ -239,8 +263,10 @@ class Sheets:
                 elif not path.exists():
                     self._write(path)
 
-    def done(self, picture):
-        """To be called for each picture that was painted, or failed."""
+    def done(self, picture, path):
+        """To be called for each picture that was painted, with the path that it has, or failed, with None."""
+        if path or picture.numbered:  # what has a name of its own may still be there from an earlier run
+            self.paths[id(picture)] = path
         left = self.open.get(picture.sheet, set())
         left.discard(id(picture))
         if picture.sheet in self.open and not left:
@@ -253,10 +279,12 @@ class Sheets:
         order = np.arange(len(shown)).reshape(-1, columns, self.count).transpose(0, 2, 1).ravel()
         cells = []
         for picture in (shown[i] for i in order):
-            there = picture.path.exists()
-            pixels = images.read_picture(picture.path)[0] if there else None
+            where = self.paths[id(picture)]
+            there = where is not None and where.exists()
+            pixels = images.read_picture(where)[0] if there else None
             cells.append((pixels, picture.label if there else f"{picture.label}: failed"))
         prompt = shown[0].settings["prompt"]
         sheet = images.contact_sheet(cells, columns, prompt)
-        images.save_png(path, sheet, records.sheet_texts(prompt, self.axes, [p.path.name for p in shown]))
-        self.written.append(path)
+        names = [(self.paths[id(picture)] or picture.path).name for picture in shown]
+        other = jobs.next_path if shown[0].numbered else None
+        self.written.append(images.save_png(path, sheet, records.sheet_texts(prompt, self.axes, names), other))

@@ -1,12 +1,12 @@
 """Files of prompts: one per line, or JSON {id: {"prompt": ...}}.  What is broken is told, not lost."""
 
 import json
-import pathlib
 import re
 import unicodedata
 from typing import NamedTuple
 
 from sana_jax.errors import InputError, nearest
+from sana_jax.files import read_bounded
 
 LONGEST = 10_000  # characters; 300 tokens are some 1500
 LARGEST = 64 << 20  # bytes of a file
@@ -40,12 +40,7 @@ def read(path, form="lines"):
     Raises:
       InputError: the file cannot be read as a whole, or has no prompt, broken ones included.
     """
-    try:
-        if pathlib.Path(path).stat().st_size > LARGEST:
-            raise InputError(f"{path}: must have at most {LARGEST >> 20} MB")
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    data = read_bounded(path, LARGEST)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{path}: is UTF-16, must be UTF-8")
     results, blank = (_json if form == "json" else _lines)(data.removeprefix(b"\xef\xbb\xbf"), path)
@@ -64,7 +59,7 @@ def _lines(data, path):
         except UnicodeDecodeError as error:
             results.append(Problem(place, f"not UTF-8 ({error.reason}, byte {error.start})"))
             continue
-        if reason := _bad_text(prompt):
+        if reason := bad_text(prompt):
             results.append(Problem(place, reason))
         elif prompt.strip():
             results.append(Entry(place, f"{number:05d}", prompt))
@@ -73,15 +68,15 @@ def _lines(data, path):
     return results, blank
 
 
-def _bad_text(text):
-    """Why this is no prompt, or None."""
+def bad_text(text):
+    """Why this is no prompt, or None; the same for files, records and the command line."""
     if not isinstance(text, str):
         return f"must be a string, is {type(text).__name__}"
     if len(text) > LONGEST:
         return f"has {len(text)} characters, must have at most {LONGEST}"
     for i, character in enumerate(text):
         # Surrogates are what JSON can smuggle in and UTF-8 cannot hold.
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n":
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
             return f"has the control character U+{ord(character):04X} at character {i}"
     return None
 
@@ -94,15 +89,18 @@ def _json(data, path):
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(found, _Pairs):
         raise InputError(f'{path}: must be an object, {{"id": {{"prompt": "..."}}}}, is {type(found).__name__}')
-    results, seen = [], set()
+    results, seen = [], {}
     for name, value in found:
         place = f"id {name[:80]!r}"
-        if name in seen:
-            results.append(Problem(place, "is there twice"))
-        else:
-            result = _entry(place, name, value)
-            results.append(Problem(place, result) if isinstance(result, str) else result)
-        seen.add(name)
+        # Many disks hold one file for both: the second picture would take the place of the first.
+        file = unicodedata.normalize("NFC", name).casefold()
+        if file in seen:
+            same = "is there twice" if seen[file] == name else f"is id {seen[file][:80]!r} where case does not count"
+            results.append(Problem(place, same))
+            continue
+        seen[file] = name
+        result = _entry(place, name, value)
+        results.append(Problem(place, result) if isinstance(result, str) else result)
     return results, 0
 
 
@@ -123,7 +121,7 @@ def _entry(place, name, value):
     if "prompt" not in fields:
         return "has no 'prompt'"
     for key in ("prompt", "negative_prompt"):
-        if key in fields and (reason := _bad_text(fields[key])):
+        if key in fields and (reason := bad_text(fields[key])):
             return f"{key}: {reason}"
     if not fields["prompt"].strip():
         return "prompt: is empty"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sana_jax import images, pipeline, programs
 from sana_jax.cli import a1111
+from sana_jax.cli.prompt_files import bad_text
 from sana_jax.errors import InputError, require_range
 from sana_jax.hub.folders import PICKLES
 
@@ -68,6 +69,9 @@ def check(settings):
         value = settings[name]
         if not isinstance(value, str) and not (value is None and SETTINGS[name] is None and name != "prompt"):
             raise InputError(f"{name}={value!r}: must be a string")
+    for name in ("prompt", "negative_prompt"):
+        if reason := bad_text(settings[name]):
+            raise InputError(f"{name}: {reason}")
     require_range("index", settings["index"], 0, 2**31 - 1)
     if settings["strength"] is not None and settings["init_image"] is None:
         raise InputError(f"strength={settings['strength']!r}: is that of --image, and there is none")
@@ -123,9 +127,7 @@ def _parse(text, path):
 def _checked(settings, path):
     try:
         check(settings)
-        for name in ("prompt", "negative_prompt"):
-            settings[name].encode("utf-8")
-    except (InputError, UnicodeEncodeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: its record is wrong: {error}") from error
 
 
@@ -137,7 +139,7 @@ def _recipe(record, path):
             raise InputError(f"{path}: its record is wrong: {name} must be {what}")
 
     def texts(values):
-        return isinstance(values, list) and all(isinstance(v, str) for v in values)
+        return isinstance(values, list) and len(values) <= LARGEST_BATCH and not any(bad_text(v) for v in values)
 
     settings = {name: record.get(name, default) for name, default in SETTINGS.items()}
     _checked(settings, path)
@@ -150,9 +152,8 @@ def _recipe(record, path):
     require(set(batch) == set(BATCH), "batch", f"an object with {', '.join(BATCH)}")
     indices, prompts, position = batch["indices"], batch["prompts"], batch["position"]
     count = len(indices) if isinstance(indices, list) else 0
-    require(0 < count <= LARGEST_BATCH, "batch.indices", f"a list of 1 to {LARGEST_BATCH} numbers")
-    for index in indices:
-        _checked(settings | {"index": index}, path)
+    numbers = 0 < count <= LARGEST_BATCH and all(type(index) is int and 0 <= index < 2**31 for index in indices)
+    require(numbers, "batch.indices", f"a list of 1 to {LARGEST_BATCH} numbers")
     require(texts(prompts) and len(prompts) in (1, count), "batch.prompts", "a list of one string, or one for each index")
     require(
         texts(batch["negative_prompts"]) and len(batch["negative_prompts"]) == len(prompts),

@@ -38,9 +38,11 @@ class Reference(NamedTuple):
 def parse(model, revision=None):
     """The `Reference` of a short name, owner/name or hf://owner/name/path, each with or without @revision.
 
-    Raises InputError: none of these, or two revisions.
+    Raises InputError: none of these, a path that does not exist, or two revisions.
     """
     text = str(model)
+    if text.startswith((".", "/", "~")):  # a path, and never the name of a repository
+        raise InputError(f"model={text!r}: no such folder or file")
     name, _, at = text.partition("@")
     repo = r"(?P<repo>[\w.-]+/[\w.-]+)"
     if text.startswith("hf://"):

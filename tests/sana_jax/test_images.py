@@ -28,6 +28,68 @@ def test_what_is_written_is_read(tmp_path):
     assert images.is_whole(path) and [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_number_that_is_taken(tmp_path, monkeypatch, links):
+    """Nothing is written over, also where the file system has no links, and nothing else stays."""
+    if not links:
+        def refuse(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "0.png").write_bytes(b"theirs")
+    (tmp_path / "1.png").write_bytes(b"theirs")
+
+    def other(path):
+        return path.with_name(f"{int(path.stem) + 1}.png")
+
+    assert images.save_png(tmp_path / "0.png", picture(7), TEXTS, other) == tmp_path / "2.png"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+    assert [(tmp_path / name).read_bytes() for name in ("0.png", "1.png")] == [b"theirs"] * 2
+    np.testing.assert_array_equal(images.read_picture(tmp_path / "2.png")[0], picture(7))
+    assert images.save_png(tmp_path / "0.png", picture(8), TEXTS) == tmp_path / "0.png", "an explicit name is written over"
+
+
+def test_sixteen_bits(tmp_path):
+    grey = np.array([[0, 128, 129, 257], [32768, 65406, 65407, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    pixels, _ = images.read_picture(tmp_path / "a.png")
+    np.testing.assert_array_equal(pixels, np.array([[0, 0, 1, 1], [128, 254, 255, 255]])[..., None].repeat(3, -1))
+
+
+def test_sixteen_bits_of_each_colour(tmp_path):
+    """Written by hand, since Pillow does not: one pixel of RGB, one of grey with alpha."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    for colour_type, values, expected in ((2, [0, 32768, 65535], [0, 128, 255]), (4, [0, 32768], [127] * 3)):
+        header = (1).to_bytes(4, "big") * 2 + bytes([16, colour_type, 0, 0, 0])
+        row = zlib.compress(b"\0" + np.array(values, ">u2").tobytes())
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + images.END
+        (tmp_path / "a.png").write_bytes(data)
+        pixels, _ = images.read_picture(tmp_path / "a.png")
+        np.testing.assert_allclose(pixels[0, 0].astype(int), expected, atol=1)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    colours = np.zeros((1, 3, 4), np.uint8)
+    colours[0, :, 3] = 0, 51, 255  # black, more and more of it
+    Image.fromarray(colours).save(tmp_path / "rgba.png")
+    Image.fromarray(colours[..., 2:]).save(tmp_path / "la.png")
+    Image.fromarray(colours).save(tmp_path / "rgba.webp", lossless=True)
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([0, 0, 0] * 3)
+    palette.putdata([0, 1, 2])
+    palette.save(tmp_path / "palette.png", transparency=bytes([0, 51, 255]))
+    for name in ("rgba.png", "la.png", "rgba.webp", "palette.png"):
+        np.testing.assert_array_equal(images.read_picture(tmp_path / name)[0], np.repeat([[[255], [204], [0]]], 3, -1), name)
+    # One colour of a picture without alpha stands for transparent.
+    Image.fromarray(np.array([[0, 9]], np.uint8)).save(tmp_path / "key.png", transparency=9)
+    np.testing.assert_array_equal(images.read_picture(tmp_path / "key.png")[0][0, :, 0], [0, 255])
+    Image.fromarray(np.array([[0, 0xFFF]], np.uint16)).save(tmp_path / "key16.png", transparency=0xFFF)
+    np.testing.assert_array_equal(images.read_picture(tmp_path / "key16.png")[0][0, :, 0], [0, 255])
+
+
 def test_a_cut_file_is_not_whole(tmp_path):
     path = tmp_path / "a.png"
     images.save_png(path, picture(), TEXTS)

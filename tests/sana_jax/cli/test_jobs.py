@@ -27,6 +27,13 @@ def test_numbers_go_on_where_they_ended(tmp_path):
     assert names(folder=tmp_path) == ["123457_7.png"]
 
 
+def test_the_next_number_where_one_is_taken(tmp_path):
+    assert jobs.next_path(tmp_path / "00003_7_a_b.png") == tmp_path / "00004_7_a_b.png"
+    (tmp_path / "00009_1.png").touch()
+    assert jobs.next_path(tmp_path / "00003_7.png") == tmp_path / "00010_7.png"
+    assert jobs.next_path(tmp_path / "99999_7.png") == tmp_path / "100000_7.png"
+
+
 def test_one_file_and_several(tmp_path):
     assert names(output=tmp_path / "a.png") == ["a.png"]
     assert names(output=tmp_path / "a.b.PNG", count=2) == ["a.b-0.png", "a.b-1.png"]
@@ -126,8 +133,8 @@ def test_a_sheet_is_written_with_its_last_picture(tmp_path):
     for picture in found[6:]:
         assert sheets.written == [tmp_path / "00001_grid.png"] * (picture in found[12:])
         paint(picture)
-        sheets.done(picture)
-        sheets.done(failed)
+        sheets.done(picture, picture.path)
+        sheets.done(failed, None)
     assert sheets.written == [tmp_path / "00001_grid.png", tmp_path / "00004_grid.png"]
     sheet = images.read_picture(tmp_path / "00001_grid.png")[0]
 

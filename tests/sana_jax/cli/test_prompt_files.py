@@ -80,6 +80,7 @@ BROKEN = {
     '"a": {"prompt": "x", "seed": true}': "seed=True: must be an int",
     '"a": {"prompt": "x", "seed": null}': "seed=None: must be an int",
     '"fine": "again"': "is there twice",
+    '"FINE": "again"': "is id 'fine' where case does not count",
 }
 
 
@@ -112,6 +113,11 @@ def test_files_that_are_none(tmp_path, data, form, message):
     assert str(caught.value).startswith(f"{tmp_path / 'prompts'}: {message}")
     with pytest.raises(InputError, match="cannot be read .Is a directory"):
         prompt_files.read(tmp_path, form)
+
+
+def test_ids_that_one_file_would_hold(tmp_path):
+    entries, problems, _ = read(tmp_path, '{"Stra\u00dfe": "x", "STRASSE": "y", "\u00e9": "x", "e\u0301": "y"}', "json")
+    assert [e.name for e in entries] == ["Straße", "é"] and [p.place for p in problems] == ["id 'STRASSE'", "id 'e\u0301'"]
 
 
 def test_a_file_without_end(tmp_path, monkeypatch):
