@@ -5,6 +5,7 @@ Gemma-2, each block of the transformer, the transformer, the DC-AE, the solver, 
 One part is in memory at a time, on one side at a time, in float32.
 
     rows.py     one line of the table: error, bound, verdict
+    weights.py  both sides' weights by their digests
     case.py     what is compared, on which inputs
     peers.py    the PyTorch side: loading its modules, recording what went through them
     forcing.py  our side: running one layer on a recorded input

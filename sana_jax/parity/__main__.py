@@ -4,8 +4,9 @@
 
 MODEL is a pipeline folder in diffusers layout, a Hugging Face id or a short name.  Needs the extra
 `parity` (PyTorch, diffusers, accelerate), no GPU, and memory for the largest part in float32 (about 12 GB
-with Gemma-2-2b).  A .pth file is converted first: python -m sana_jax.convert FILE DIR.
-Exit status: 0 all lines within their bounds, 1 not, 2 bad input.
+with Gemma-2-2b).  A .pth file holds a transformer alone; this makes a pipeline folder of it:
+python -m sana_jax.convert FILE DIR --dc-ae X --text Y, where X and Y may be one published pipeline.
+Exit status: 0 all lines within their bounds, 1 not, 2 bad input, 130 interrupted.
 """
 
 import argparse
@@ -55,6 +56,8 @@ def make_case(args):
         raise InputError(f"size={args.size!r}: must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
     if not args.prompt.strip():
         raise InputError(f"prompt={args.prompt!r}: must not be empty; the null prompt is compared anyway")
+    if args.output is not None:
+        report.check_writable(args.output)
     peers.require()
     model = cases.find(args.model, args.revision)
     reference = model if args.reference is None else cases.find(args.reference)
@@ -70,17 +73,34 @@ def main(argv=None):
         case = make_case(args)
         device = peers.prepare()
         name = peers.device_name(device)
-        result = ladder.climb(case, device, ladder.to_stderr)
-        print(report.markdown(case, result, name))
-        for path in report.write(args.output, case, result, name) if args.output else ():
-            ladder.to_stderr(f"wrote {path}")
+        result = ladder.climb(case, device, say)
+        put(report.markdown(case, result, name), sys.stdout)
+        for path in report.write(args.output, case, result, name) if args.output is not None else ():
+            say(f"wrote {path}")
     except InputError as error:
-        print(f"sana_jax.parity: error: {error}", file=sys.stderr)
+        say(f"sana_jax.parity: error: {error}")
         return 2
     except NonFiniteError as error:
-        print(f"sana_jax.parity: FAILS: {error}", file=sys.stderr)
+        say(f"sana_jax.parity: FAILS: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("sana_jax.parity: error: interrupted")
+        return 130
     return 1 if result.failed else 0
+
+
+def put(line, stream):
+    """Prints to a stream whose reader may have gone (`| head`): the exit status is told all the same."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def say(line):
+    put(line, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def make(model, reference, *, prompt, size, steps, rungs, bfloat16):
 def check_folder(folder):
     """Raises InputError unless `folder` is a pipeline in diffusers layout with all that is needed."""
     if folder.is_file():
-        raise InputError(f"{folder}: is a file, must be a pipeline folder; python -m sana_jax.convert {folder} DIR makes one")
+        raise InputError(f"{folder}: is a file, must be a pipeline folder; python -m sana_jax.convert {folder} DIR --dc-ae X --text Y makes one")
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sana_jax.parity import forcing, peers
+from sana_jax.parity import forcing, peers, weights
 from sana_jax.parity.rows import compare, range_of, ratio
 
 PART = "vae"
@@ -16,9 +16,9 @@ BOUND = {"encoder": "latent", "decoder": "image"}
 
 def run(case, shelf, device):
     """(rows, ranges, ratios); leaves the picture, theirs and ours, on the shelf."""
-    theirs(case, shelf, device)
+    digests = theirs(case, shelf, device)
     peers.release()
-    rows, ranges = ours(case, shelf)
+    rows, ranges = ours(case, shelf, digests)
     peers.release()
     return rows, ranges, bfloat16(case, shelf, device) if case.bfloat16 and case.wants("dc-ae") else []
 
@@ -30,12 +30,16 @@ def halves(peer, image):
 
 
 def theirs(case, shelf, device):
-    """PyTorch's latent and image, what went in and out of each stage, and its picture."""
+    """PyTorch's latent and image, what went in and out of each stage, and its picture.
+
+    Returns its weights' digests.
+    """
     peer = peers.load(case, PART, device)
     if case.wants("dc-ae"):
         record(case, shelf, peer)
     if case.wants("pipeline"):
         shelf["picture"] = paint(shelf, peer)
+    return weights.theirs(peer) if case.wants("dc-ae") else {}
 
 
 def record(case, shelf, peer):
@@ -61,11 +65,12 @@ def paint(shelf, peer):
     return PixArtImageProcessor(vae_scale_factor=32).postprocess(image, output_type="np")
 
 
-def ours(case, shelf):
+def ours(case, shelf, digests):
     """(rows, ranges); our picture is left on the shelf."""
     module, params = case.load(PART)
     rows, ranges = [], []
     if case.wants("dc-ae"):
+        rows += weights.rows(PART, weights.ours(module, params), digests)
         inputs = {"encoder": case.picture(), "decoder": shelf["encoder"]}
         for side, method in METHOD.items():
             stages = stage_rows(module, params, shelf, side, inputs[side])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sana_jax.parity import forcing, peers
+from sana_jax.parity import forcing, peers, weights
 from sana_jax.parity.rows import Range, compare, largest, range_of, ratio, rms
 
 PART = "transformer"
@@ -16,9 +16,9 @@ SEED = 11  # of the noise drawn at each step of SCM
 def run(case, shelf, device):
     """(rows, ranges, ratios); leaves the latents of the picture, theirs and ours, on the shelf."""
     captions = inputs(case, shelf)
-    theirs(case, shelf, device, captions)
+    digests = theirs(case, shelf, device, captions)
     peers.release()
-    rows, ranges = ours(case, shelf, captions)
+    rows, ranges = ours(case, shelf, captions, digests)
     peers.release()
     return rows, ranges, bfloat16(case, shelf, device, captions) if case.bfloat16 and case.wants("dit") else []
 
@@ -57,12 +57,16 @@ def call(peer, x, t, states, mask, guidance, move=False):
 
 
 def theirs(case, shelf, device, captions):
-    """PyTorch's velocity and everything on its way there, and its latents of the picture."""
+    """PyTorch's velocity and everything on its way there, and its latents of the picture.
+
+    Returns its weights' digests.
+    """
     peer = peers.load(case, PART, device)
     if case.wants("block", "dit"):
         record(shelf, peer, captions)
     if case.wants("pipeline"):
         shelf["latents"] = paint(case, shelf, peer)
+    return weights.theirs(peer) if case.wants("block", "dit") else {}
 
 
 def record(shelf, peer, captions):
@@ -127,14 +131,17 @@ def step_noise(case):
     return np.stack([peers.last(draw) for draw in draws])
 
 
-def ours(case, shelf, captions):
+def ours(case, shelf, captions, digests):
     """(rows, ranges); our latents of the picture are left on the shelf."""
     module, params = case.load(PART)
     module = case.pipeline().sana[0]  # with the habits of diffusers' stack
     rows, ranges = [], []
+    if case.wants("block", "dit"):
+        rows += weights.rows(PART, weights.ours(module, params), digests)
     if case.wants("block"):
-        rows = layer_rows(module, params, shelf, captions)
-        blocks = [row for row in rows if "block" in row.name]
+        layers = layer_rows(module, params, shelf, captions)
+        rows += layers
+        blocks = [row for row in layers if "block" in row.name]
         ranges = [range_of(row, float(shelf[f"block {i} attention"])) for i, row in enumerate(blocks)]
     if case.wants("dit"):
         velocity, absmax = whole(module, params, captions)

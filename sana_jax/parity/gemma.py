@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sana_jax import text
-from sana_jax.parity import forcing, peers
+from sana_jax.parity import forcing, peers, weights
 from sana_jax.parity.rows import compare, range_of, ratio
 from sana_jax.stacks import DIFFUSERS
 
@@ -17,15 +17,18 @@ PART = "text_encoder"
 
 def run(case, shelf, device):
     """(rows, ranges, ratios); leaves states and masks of both texts, theirs and ours, on the shelf."""
-    theirs(case, shelf, device)
+    digests = theirs(case, shelf, device)
     peers.release()
-    rows, ranges = ours(case, shelf)
+    rows, ranges = ours(case, shelf, digests)
     peers.release()
     return rows, ranges, bfloat16(case, shelf, device) if case.bfloat16 and case.wants("gemma") else []
 
 
 def theirs(case, shelf, device):
-    """PyTorch's ids, states and masks, and what went in and out of each layer for the prompt."""
+    """PyTorch's ids, states and masks, and what went in and out of each layer for the prompt.
+
+    Returns its weights' digests.
+    """
     encoder = peers.load(case, PART, device)
     watched = {"encoder": encoder, "norm": encoder.norm}
     watched |= {f"layer {i}": layer for i, layer in enumerate(encoder.layers)}
@@ -44,6 +47,7 @@ def theirs(case, shelf, device):
     with peers.watching(watched, see):
         for name, (states, mask) in encode(case, encoder).items():
             shelf[f"{name} states"], shelf[f"{name} mask"] = peers.to_numpy(states), mask.cpu().numpy() > 0
+    return weights.theirs(encoder) if case.wants("gemma") else {}
 
 
 def encode(case, encoder):
@@ -58,14 +62,15 @@ def encode(case, encoder):
     return {"prompt": found[:2], "null": found[2:]}
 
 
-def ours(case, shelf):
+def ours(case, shelf, digests):
     """(rows, ranges); our own states are left on the shelf too."""
     module, params = case.load(PART)
     rows, ranges = [], []
     if case.wants("gemma"):
         rows += [tokens_row(case, shelf, name) for name in TEXTS]
-        rows += layer_rows(module, params, shelf)
-        ranges = [range_of(row) for row in rows if "layer" in row.name]
+        layers = layer_rows(module, params, shelf)
+        rows += [*weights.rows(PART, weights.ours(module, params), digests), *layers]
+        ranges = [range_of(row) for row in layers if "layer" in row.name]
     pipeline = case.pipeline(text_encoder=params)
     for name, what in TEXTS.items():
         states, mask = encode_ours(case, pipeline, name)

@@ -1,6 +1,5 @@
 """The rungs in their order, one part in memory at a time."""
 
-import sys
 import tempfile
 import time
 from typing import NamedTuple
@@ -53,7 +52,3 @@ def climb(case, device, say=None):
     if say:
         say(f"[{time.perf_counter() - start:6.1f} s] done")
     return Result(rows, ranges, ratios, pictures)
-
-
-def to_stderr(line):
-    print(line, file=sys.stderr, flush=True)

@@ -6,12 +6,13 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import tempfile
 
 import jax
 import numpy as np
 
 from sana_jax.errors import InputError
-from sana_jax.parity.rows import COLUMNS, FLOAT16_MAX, RATIO, ROUNDINGS
+from sana_jax.parity.rows import COLUMNS, FLOAT16_MAX, RATIO, ROUNDINGS, WIDEST
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 GAIN = 32  # of the difference in the picture
@@ -25,13 +26,15 @@ PyTorch on {torch_device}, JAX on {jax_device}; weights stored as {stored}; refe
 ## float32
 
 Both sides in float32 at highest precision, on the same weights.  Layers, blocks and stages are each
-given the input that PyTorch's had, so a line fails for its own weights alone.  The picture is {width} x
+given the input that PyTorch's had, so a line fails for its own weights alone.  Lines of weights count the
+tensors that are not the same bit by bit, also where no output would show it.  The picture is {width} x
 {height}, {sampler}, guidance {guidance}, from the same noise; the prompt is {prompt!r}, its instruction: {instruction}.
 
 Bounds are those of docs/parity.md.  An error is divided by max(1, rms, largest / 64) of its channel in the
 reference: sums round by their rms, a single large value M by M 2^-24; solver and tokens are not divided.
 A layer that makes much of the last bit of its input is allowed as much: {roundings} times what PyTorch's own
-output moves by when each input value moves to a neighbour.
+output moves by when each input value moves to a neighbour, up to {widest} times the plain bound.  Where that
+is more than the plain bound, the line says "widened".
 
 {columns}
 {rows}
@@ -76,7 +79,8 @@ def verdict(result):
     """The last line: ok, or what fails, first things first."""
     lines = len(result.rows) + len(result.ratios)
     if not result.failed:
-        return f"PARITY: ok, {lines} lines"
+        widened = sum(row.widened for row in result.rows)
+        return f"PARITY: ok, {lines} lines" + f", {widened} of them by a widened bound" * bool(widened)
     names = [row.name for row in result.failed]
     more = f", then: {'; '.join(names[1:6])}{'; ...' if len(names) > 6 else ''}" if names[1:] else ""
     return f"PARITY: FAILS in {len(names)} of {lines} lines; first: {names[0]}{more}"
@@ -108,6 +112,7 @@ def markdown(case, result, torch_device):
         prompt=case.prompt,
         instruction=case.instruction.source,
         roundings=ROUNDINGS,
+        widest=WIDEST,
         columns=COLUMNS,
         rows="\n".join(row.markdown() for row in result.rows),
         ratios=ratios,
@@ -168,6 +173,20 @@ def side_by_side(ours, theirs):
         sheet.paste(Image.fromarray(pixels), (i * width, BAR))
         draw.text((i * width + 4, 3), label, fill="black")
     return sheet
+
+
+def check_writable(folder):
+    """Raises InputError if `write` could not, now rather than after the work; leaves nothing behind."""
+    if not str(folder):
+        raise InputError("output='': must be a folder")
+    path = pathlib.Path(folder).absolute()
+    try:
+        while not path.exists():
+            path = path.parent
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"output={str(folder)!r}: cannot be written ({error.strerror or error})") from error
 
 
 def write(folder, case, result, torch_device):

@@ -68,7 +68,7 @@ def test_folders_that_hold_no_pipeline(capsys, toy_folder, tmp_path, no_weights)
     assert "absent" in refused(capsys, tmp_path / "absent")
     file = tmp_path / "Sana_1600M_1024px.pth"
     file.write_bytes(b"")
-    assert f"must be a pipeline folder; python -m sana_jax.convert {file} DIR makes one" in refused(capsys, file)
+    assert f"must be a pipeline folder; python -m sana_jax.convert {file} DIR --dc-ae X --text Y makes one" in refused(capsys, file)
     model = shutil.copytree(toy_folder, tmp_path / "model")
     shutil.rmtree(model / "scheduler")
     assert "has no scheduler/" in refused(capsys, model)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.parity import forcing, report, solver
-from sana_jax.parity.rows import Range, Ratio, compare, ratio
+from sana_jax.parity import forcing, ladder, report, solver
+from sana_jax.parity.rows import Range, Ratio, compare, count, ratio
 
 
 def test_a_line_within_and_beyond_its_bound():
@@ -60,9 +60,31 @@ def test_a_bound_is_as_wide_as_the_reference_is_unsteady():
     assert not compare("a", ours, reference, "dit", scaled=True).ok
     row = compare("a", ours, reference, "dit", scaled=True, moved=moved)
     assert row.ok and row.bound == pytest.approx(8e-4, rel=1e-3)
+    assert row.widened and row.markdown().endswith("| ok, widened |") and report.entries([row])[0]["widened"] is True
     assert not compare("a", ours + np.float32(5e-4), reference, "dit", scaled=True, moved=moved).ok
     assert compare("a", ours, reference, "dit", moved=reference).bound == 2e-5
     assert compare("a", ours, reference, "dit", moved=reference + np.float32(np.inf)).bound == 2e-5
+
+
+def test_a_bound_is_only_widened_so_far():
+    reference = np.ones((4, 2), np.float32)
+    for change in (0.01, 1e6):
+        row = compare("a", reference + np.float32(3e-3), reference, "dit", scaled=True, moved=reference * (1 + change))
+        assert row.bound == pytest.approx(2e-3) and row.widened and not row.ok and row.markdown().endswith("| FAILS |")
+    row = compare("a", reference, reference, "dit", scaled=True, moved=reference + np.float32(1e-7))
+    assert not row.widened and row.markdown().endswith("| ok |")
+
+
+def test_the_verdict_tells_of_widened_bounds():
+    plain, wide = (compare("a", np.ones(2), np.ones(2), "dit", moved=np.ones(2) + change) for change in (0, 1e-3))
+    assert report.verdict(ladder.Result([plain], [], [], None)) == "PARITY: ok, 1 lines"
+    result = ladder.Result([plain, wide], [], [], None)
+    assert report.verdict(result) == "PARITY: ok, 2 lines, 1 of them by a widened bound"
+
+
+def test_what_must_be_the_same_is_counted():
+    assert count("a", 0).ok and not count("a", 1).ok
+    assert count("a", 0).markdown() == "| a | 0.0e+00 | 0.0e+00 | 0.00 | ok |"
 
 
 def test_shapes_must_agree():
