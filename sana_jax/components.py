@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import math
 import pathlib
 import warnings
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from sana_jax.checkpoints import gemma2 as gemma2_format
 from sana_jax.checkpoints import sana as sana_format
 from sana_jax.checkpoints.read import STEMS, Checkpoint, choose_variant, open_checkpoint, read_json, variants
 from sana_jax.checkpoints.rules import check, leaf_by_leaf, slots
-from sana_jax.errors import InputError, nearest
+from sana_jax.errors import CheckpointError, InputError, nearest, require_positive
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
@@ -122,16 +123,31 @@ def _prepare(module_class, fields, overrides, checkpoint, original=False):
     fields["param_dtype"] = precision.parse(fields.get("param_dtype", fields.get("dtype", default)))
     fields["dtype"] = precision.parse(fields.get("dtype", fields["param_dtype"]))
     module = module_class(**fields)
+    _require_plausible_depth(fields, checkpoint)
     try:
         shapes = parameter_shapes(module)
     except (ArithmeticError, TypeError, ValueError) as error:  # heads that do not divide a width, say
         given = "".join(f", {name}={value!r}" for name, value in overrides.items())
         reason = str(error).splitlines()[0]
         raise InputError(f"{checkpoint.source}: its structure{given} builds no {module_class.__name__}: {reason}") from error
+    needed, held = (sum(map(math.prod, found)) for found in (shapes.values(), (s for s, _ in checkpoint.header.values())))
+    if needed > 16 * held + 2**20:  # beyond a slip that `check` would list tensor by tensor
+        raise CheckpointError(f"{checkpoint.source}: holds {held} numbers, but its structure needs {needed}; is this the right file?")
     table = published_rules(module, original)
     checkpoint = checkpoint.without(dc_ae_names.counters(table))
     check(slots(table, shapes), shapes, checkpoint.header, checkpoint.source)
     return Prepared(module, table, shapes, checkpoint)
+
+
+def _require_plausible_depth(fields, checkpoint):
+    """Raises CheckpointError where there are more layers than tensors: before anything is made of their number."""
+    layers = {"depth": fields.get("depth", 1)}
+    for side in ("encoder", "decoder"):
+        layers[f"{side}_depths"] = sum(fields.get(f"{side}_depths", ()))
+        layers[f"{side}_attention"] = sum(len(scales or ()) for scales in fields.get(f"{side}_attention", ()))
+    for name, count in layers.items():
+        if isinstance(count, int) and count > len(checkpoint.header):
+            raise CheckpointError(f"{checkpoint.source}: {name} of {count} layers, but it holds {len(checkpoint.header)} tensors")
 
 
 def _component(path, subfolder):
@@ -219,6 +235,8 @@ def load_dc_ae(path, *, variant=None, entry="state_dict", mesh=None, **overrides
 def prepare_dc_ae(path, *, variant=None, entry="state_dict", checkpoint=None, **overrides):
     """`load_dc_ae` up to the point where weights are read: a `Prepared`; see `prepare_sana`."""
     folder, config = _component(path, "vae")
+    if "scaling_factor" in overrides:
+        require_positive("scaling_factor", overrides["scaling_factor"], float)
     checkpoint = checkpoint or open_weights(folder, overrides, variant, entry=entry)
     fields = dc_ae_format.read_fields(checkpoint.header, config, folder, overrides)
     return _prepare(DCAE, fields, overrides, checkpoint, dc_ae_format.is_efficientvit(checkpoint.header))

@@ -58,7 +58,11 @@ def save_original(folder, module, params):
     state = {name: _torch_tensor(array) for name, array in published_tensors(module, params, original=True)}
     import torch
 
-    torch.save({"state_dict": state}, folder / sana_names.nvlabs_file_name(fields_of(module)))
+    file = folder / sana_names.nvlabs_file_name(fields_of(module))
+    try:
+        torch.save({"state_dict": state}, file)
+    except RuntimeError as error:  # so torch calls a full disk
+        raise OSError(f"{file.name}: {str(error).splitlines()[0]}") from error
 
 
 def published_tensors(module, params, original=False):

@@ -89,9 +89,10 @@ def config_fields(config, source="text_encoder/config.json"):
         )
     if fields["head_dim"] % 2:
         raise InputError(f"{source}: head_dim={fields['head_dim']}: must be even")
-    if config.get("layer_types") not in (None, layer_types(depth)):
+    given = config.get("layer_types")  # the depth is not believed before it is compared with the weights
+    if given is not None and not (isinstance(given, list) and len(given) == depth and given == layer_types(depth)):
         raise InputError(
-            f"{source}: layer_types={config['layer_types']!r}: must be 'sliding_attention' and "
+            f"{source}: layer_types={given!r}: must be 'sliding_attention' and "
             f"'full_attention' in turn, {depth} in all"
         )
 

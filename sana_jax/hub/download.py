@@ -99,7 +99,10 @@ def find_model(model, revision=None, *, wanted=None, variant=None, part=None, re
         report(f"note: {reference.repo} paints blobs in some programs; {better} is the same model in bfloat16")
     listing = _listing(reference, report)
     try:
-        return _fetch_all(reference, listing, report, wanted, variant, part)
+        path = _fetch_all(reference, listing, report, wanted, variant, part)
+        if listing.unreachable is None:  # not before: a ref without its files would hide the commit that is whole
+            _remember_branch(reference, listing.commit)
+        return path
     except InputError as error:
         if listing.unreachable is None or listing.unreachable in str(error):
             raise
@@ -203,7 +206,8 @@ def _listing(reference, report):
     if not COMMIT.fullmatch(info.sha or ""):
         raise _failed(reference, f"{constants.ENDPOINT} does not answer as the hub does (no commit); check HF_ENDPOINT")
     files = {s.rfilename: File(s.size, s.lfs.sha256 if s.lfs else None) for s in info.siblings or ()}
-    _remember_branch(reference, info.sha)
+    if recorded := _recorded(reference.repo, info.sha):  # which knows the small files too
+        files |= {name: recorded.files[name] for name in files.keys() & recorded.files if files[name].sha256 is None}
     return Listing(info.sha, files)
 
 

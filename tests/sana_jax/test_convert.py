@@ -215,3 +215,16 @@ def test_the_command(tmp_path):
         done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=120)
         assert done.returncode == status and message in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_for_torch(toy_folder, tmp_path, capsys, monkeypatch):
+    """torch.save calls it a RuntimeError."""
+    import torch
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(toy_folder / "transformer", tmp_path / "new", "--to", "nvlabs", "--cross-heads", "4") == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and "unexpected pos" in error and not (tmp_path / "new").exists()

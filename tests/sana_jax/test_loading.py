@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import flax.traverse_util
 import jax
@@ -199,7 +200,7 @@ def test_a_component_folder_is_no_pipeline(toy_folder):
 @pytest.mark.parametrize("model", ["no/such/folder", "nobody", "nobody/nothing", "/nobody/nothing", ""])
 def test_models_that_are_nowhere(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="must be a folder in diffusers layout|not a local folder|model_index") as caught:
+    with pytest.raises(InputError, match="must be a folder in diffusers layout|not a local folder|no such folder|model_index") as caught:
         load_pipeline(model)
     assert "\n" not in str(caught.value)
 
@@ -249,3 +250,24 @@ def test_scheduler(copy, pipeline):
     assert schedulers.read_flow_shift(copy / "scheduler") == 2
     file.unlink()
     assert schedulers.read_flow_shift(copy / "scheduler") is None
+
+
+@pytest.mark.parametrize("part, change", [
+    ("transformer", {"num_layers": 10**9}),
+    ("transformer", {"num_attention_heads": 10**6, "cross_attention_head_dim": 32, "num_cross_attention_heads": 10**6}),
+    ("vae", {"encoder_layers_per_block": [10**9] * 6}),
+    ("text_encoder", {"num_hidden_layers": 10**9}),
+])  # fmt: skip
+def test_a_config_that_claims_more_than_the_file_holds(copy, part, change):
+    """Refused by counting, before anything is made for each of the layers."""
+    edit(copy / part / "config.json", **change)
+    start = time.perf_counter()
+    with pytest.raises(InputError):
+        LOADERS[part](copy / part)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("value", ["a", float("nan"), 0, -1.0])
+def test_a_scaling_factor_is_a_positive_number(toy_folder, value):
+    with pytest.raises(InputError, match="scaling_factor"):
+        load_dc_ae(toy_folder / "vae", scaling_factor=value)

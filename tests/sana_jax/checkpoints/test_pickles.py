@@ -77,6 +77,18 @@ def test_hostile_pickles_are_refused_and_not_executed(tmp_path, kind, zipped):
     assert os.listdir(tmp_path) == ["evil.pth"]
 
 
+@pytest.mark.parametrize("maker, argument", [
+    ("__builtin__.bytearray", b"J\xff\xff\xff\x7f"),  # two gigabytes for a number
+    ("collections.Counter", b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R"),  # and counted byte by byte
+])  # fmt: skip
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path, maker, argument):
+    module, name = maker.split(".")
+    pickle = b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85R."
+    path = tmp_path / "bomb.pth"
+    path.write_bytes(archive(b"\x80\x02}" + text("state_dict") + pickle[2:-1] + b"s."))
+    refused(path, f"asks for {maker}")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_payloads_are_live(tmp_path, kind):
     """Negative control, in a process of its own."""

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from sana_jax.hub.errors import explain, is_unreachable
 
 from sana_jax.hub import download
-from tests.hub_client import NAME, READ, client_here, client_online, fetched, refused  # noqa: F401
+from tests.hub_client import NAME, READ, client_here, client_online, fetched, offline, refused  # noqa: F401
 from tests.hub_server import Repository, sha256
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -174,3 +174,22 @@ def test_unknown_errors_become_one_line():
     assert explain(Odd("first\nsecond"), "o/n") == "Odd: first"
     assert explain(Odd(), "o/n") == "Odd: Odd"
     assert not is_unreachable(Odd("first"))
+
+
+def test_a_branch_that_moved_to_what_cannot_be_fetched(online, monkeypatch):
+    """The commit that is whole stays the one that is found without a network."""
+    server = online(toy=Repository(READ))
+    folder = download.find_model(NAME, report=None)
+    changed = READ | {VAE: b"new" + READ[VAE]}
+    server.repositories[NAME] = Repository(changed, commit="c" * 40, refusal=(403, "GatedRepo"), listed=True)
+    assert "accept" in refused(NAME)
+    offline(monkeypatch)
+    assert download.find_model(NAME, report=None) == folder
+
+
+def test_a_small_file_that_changed_in_the_cache(online):
+    """The hub gives no sha256 of it, the record does."""
+    online(toy=Repository(READ))
+    path = download.find_model(NAME, report=None) / "vae/config.json"
+    path.write_bytes(b"x" * len(READ["vae/config.json"]))
+    assert "vae/config.json is not the published file" in refused(NAME)
