@@ -17,7 +17,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from sana_jax import precision, sharding
+from sana_jax import memory, precision, sharding
 from sana_jax.checkpoints import dc_ae as dc_ae_format
 from sana_jax.checkpoints import dc_ae_names
 from sana_jax.checkpoints import gemma2 as gemma2_format
@@ -64,6 +64,16 @@ class Prepared(NamedTuple):
     rules: list
     shapes: dict
     checkpoint: Checkpoint
+
+    def bytes_held(self, mesh=None):
+        """Bytes of the parameters on all devices of a mesh together, copies counted; without one, once."""
+        if mesh is None:
+            return memory.parameter_bytes(self.shapes, self.module.param_dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is not divided is said when it is read
+            specs = sharding.shardings(self.shapes, sharding_table(self.module), mesh)
+        size = np.dtype(self.module.param_dtype).itemsize
+        return sharding.bytes_per_device(self.shapes, specs, size) * mesh.devices.size
 
     def read(self, mesh=None):
         """(module, params).  Raises CheckpointError: weights that are truncated or not finite.
@@ -177,6 +187,11 @@ def open_weights(path, overrides=(), variant=None, stems=STEMS, published=None, 
     return open_checkpoint(path, stems, variant, **how)
 
 
+def _load(prepared, path, mesh):
+    memory.require_memory(prepared.bytes_held(mesh), path, mesh and mesh.devices.flat)
+    return prepared.read(mesh)
+
+
 def load_sana(path, *, variant=None, entry="state_dict", mesh=None, **overrides):
     """A Linear-DiT from a diffusers `transformer/` folder, or one file in diffusers' or NVlabs' names.
 
@@ -193,7 +208,7 @@ def load_sana(path, *, variant=None, entry="state_dict", mesh=None, **overrides)
     Raises:
       InputError: wrong folder, config or override.  CheckpointError: weights that do not fit.
     """
-    return prepare_sana(path, variant=variant, entry=entry, **overrides).read(mesh)
+    return _load(prepare_sana(path, variant=variant, entry=entry, **overrides), path, mesh)
 
 
 def prepare_sana(path, *, variant=None, entry="state_dict", checkpoint=None, published=None, **overrides):
@@ -229,7 +244,7 @@ def load_dc_ae(path, *, variant=None, entry="state_dict", mesh=None, **overrides
     Returns:
       (DCAE, params): `dc_ae.apply({"params": params}, images, method="encode")`, and "decode".
     """
-    return prepare_dc_ae(path, variant=variant, entry=entry, **overrides).read(mesh)
+    return _load(prepare_dc_ae(path, variant=variant, entry=entry, **overrides), path, mesh)
 
 
 def prepare_dc_ae(path, *, variant=None, entry="state_dict", checkpoint=None, **overrides):
@@ -248,7 +263,7 @@ def load_gemma2(path, *, variant=None, mesh=None, **overrides):
     Returns:
       (Gemma2, params): `gemma2.apply({"params": params}, ids, mask) -> states`.
     """
-    return prepare_gemma2(path, variant=variant, **overrides).read(mesh)
+    return _load(prepare_gemma2(path, variant=variant, **overrides), path, mesh)
 
 
 def prepare_gemma2(path, *, variant=None, **overrides):

@@ -10,12 +10,15 @@ Exit status: 0, or 2 with one line that says what is wrong.
 
 import argparse
 import pathlib
+import shutil
 import sys
 import warnings
 
-from sana_jax import precision, saving
+from sana_jax import memory, precision, saving
 from sana_jax.checkpoints import dc_ae as dc_ae_format
 from sana_jax.checkpoints import sana as sana_format
+from sana_jax.checkpoints.read import read_json
+from sana_jax.checkpoints.write import write_json
 from sana_jax.components import open_weights, prepare_dc_ae, prepare_gemma2, prepare_sana
 from sana_jax.errors import InputError, require_choice, require_positive
 from sana_jax.loading import find_model, prepare_pipeline
@@ -99,10 +102,13 @@ def convert(
         prepared = [prepare_gemma2(path, variant=variant, dtype=dtype)]
     for part in prepared:
         _say_what_is_read(part, report)
+    memory.require_memory(sum(part.bytes_held() for part in prepared), source)
     with saving.new_folder(target) as folder:
         parts = [part.read_on_host() for part in prepared]
         if kind == "pipeline":
             saving.write_pipeline(build(*parts), folder)
+            if (path / "model_index.json").is_file():
+                _keep_sampler(path, folder)
         elif to == "diffusers":
             saving.save_component(folder, STEMS[kind], *parts[0])
         else:
@@ -110,6 +116,16 @@ def convert(
     files = sorted(p for p in pathlib.Path(target).rglob("*") if p.is_file())
     for file in files:
         report(f"written: {file}, {file.stat().st_size / 1e6:.1f} MB")
+
+
+def _keep_sampler(source, folder):
+    """The pipeline class and the scheduler that a pipeline folder came with, in place of our own choice."""
+    config = source / "scheduler" / "scheduler_config.json"
+    index = read_json(source / "model_index.json")
+    kept = {key: index[key] for key in ("_class_name", "scheduler") if key in index and config.is_file()}
+    write_json(folder / "model_index.json", read_json(folder / "model_index.json") | kept)
+    if config.is_file():
+        shutil.copyfile(config, folder / "scheduler" / "scheduler_config.json")
 
 
 def _say_what_is_read(part, report):

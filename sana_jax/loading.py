@@ -116,8 +116,7 @@ def load_pipeline(
     prepared, build = prepare_pipeline(
         model, dtype=dtype, stack=stack, revision=revision, variant=variant, dc_ae=dc_ae, text=text, transformer=transformer
     )  # fmt: skip
-    needed = sum(memory.parameter_bytes(part.shapes, part.module.param_dtype) for part in prepared)
-    memory.require_memory(needed, model, mesh and mesh.devices.flat)
+    memory.require_memory(sum(part.bytes_held(mesh) for part in prepared), model, mesh and mesh.devices.flat)
     return build(*(part.read(mesh) for part in prepared))
 
 

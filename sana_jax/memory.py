@@ -56,7 +56,7 @@ def require_memory(needed, model, devices=None):
     """Raises InputError where weights of `needed` bytes cannot fit, warns where they hardly will.
 
     Args:
-      needed: bytes of all parameters.
+      needed: bytes of all parameters; on several devices together, copies counted.
       model: what they are called in the message.
       devices: those that share the parameters, of all processes; None is jax's first.
     """

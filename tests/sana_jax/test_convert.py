@@ -1,6 +1,8 @@
 """`python -m sana_jax.convert`: every format to every other and back, bit for bit; what it refuses."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -228,3 +230,17 @@ def test_a_disk_that_is_full_for_torch(toy_folder, tmp_path, capsys, monkeypatch
     assert run(toy_folder / "transformer", tmp_path / "new", "--to", "nvlabs", "--cross-heads", "4") == 2
     error = capsys.readouterr().err
     assert "cannot be written" in error and "unexpected pos" in error and not (tmp_path / "new").exists()
+
+
+def test_a_pipeline_keeps_its_class_and_scheduler(toy_folder, tmp_path, recwarn):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(toy_folder, source)
+    index = json.loads((source / "model_index.json").read_text())
+    index |= {"_class_name": "SanaPAGPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0, "num_train_timesteps": 1000}
+    (source / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert run(source, target) == 0
+    written = json.loads((target / "model_index.json").read_text())
+    assert {key: written[key] for key in ("_class_name", "scheduler")} == {key: index[key] for key in ("_class_name", "scheduler")}
+    assert json.loads((target / "scheduler" / "scheduler_config.json").read_text()) == config

@@ -228,3 +228,18 @@ def test_a_whole_pipeline_over_eight_devices(toy_folder):
         for mesh in (None, make_mesh(data=2, fsdp=2, tensor=2))
     ]
     assert np.abs(images[0]).max() > 0.1 and np.abs(images[0] - images[1]).max() <= 1e-5
+
+
+def test_copies_count_where_memory_is_asked_for(folders, monkeypatch):
+    """What is cut over eight devices is there once, what is not eight times."""
+    from sana_jax import memory
+    from sana_jax.components import prepare_dc_ae, prepare_sana
+
+    cut, copied = make_mesh(fsdp=8), make_mesh(data=8)
+    sana, dc_ae = prepare_sana(folders["sana"]), prepare_dc_ae(folders["dc_ae"])
+    assert sana.bytes_held(copied) == 8 * sana.bytes_held() and dc_ae.bytes_held(cut) == 8 * dc_ae.bytes_held()
+    assert sana.bytes_held() < sana.bytes_held(cut) < 4 * sana.bytes_held()  # its norms and biases are copied
+    monkeypatch.setattr(memory, "host_memory", lambda: (4 * sana.bytes_held(), None))
+    load_sana(folders["sana"], mesh=cut)
+    with pytest.raises(InputError, match="its weights alone need"):
+        load_sana(folders["sana"], mesh=copied)
