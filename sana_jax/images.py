@@ -117,14 +117,14 @@ def read_picture(path):
     data = read_bounded(path, LARGEST, name)
     with _open(io.BytesIO(data), name, PICTURE_FORMATS) as image:
         try:
-            pixels = _opaque(ImageOps.exif_transpose(image))
+            pixels = opaque(ImageOps.exif_transpose(image))
         except Exception as error:
             raise InputError(f"{name}: broken ({type(error).__name__}: {error})") from error
     return pixels, hashlib.sha256(data).hexdigest()
 
 
-def _opaque(image):
-    """uint8 [H W 3] of a PIL image."""
+def opaque(image):
+    """uint8 [H W 3] of a PIL image, before white where it is transparent."""
     if image.mode.startswith("I"):  # grey in 16 bits, which `convert` would cut off at 255
         grey = np.asarray(image).astype(np.int64)
         alpha = np.where(grey == image.info.get("transparency", -1), 0, 255)

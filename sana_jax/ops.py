@@ -15,18 +15,39 @@ def relu(x):
     return jnp.where(x <= 0, 0, x)
 
 
+def by_platform(cpu, default):
+    """One function of arrays in two forms: for the CPU, and for everything else.
+
+    Its derivative keeps the arguments and nothing else for the backward pass.  Left alone, that of
+    `lax.platform_dependent` would keep what either form needs, on every platform.
+    """
+
+    @jax.custom_vjp
+    def fn(*args):
+        return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+
+    def backward(args, gradient):
+        cpu_pull, pull = (lambda g, *args, f=f: jax.vjp(f, *args)[1](g) for f in (cpu, default))
+        return jax.lax.platform_dependent(gradient, *args, cpu=cpu_pull, default=pull)
+
+    fn.defvjp(lambda *args: (fn(*args), args), backward)
+    return fn
+
+
 def einsum32(equation, a, b):
     """einsum whose sums and result are float32, whatever the inputs are.
 
     Tensor cores take bfloat16 factors and add in float32; XLA's CPU backend has no such product, so
     there the factors are widened first, which gives the same numbers.
     """
-    return jax.lax.platform_dependent(
-        a,
-        b,
-        cpu=lambda a, b: jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32)),
-        default=lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32),
-    )
+
+    def wide(a, b):
+        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    def narrow(a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    return wide(a, b) if a.dtype == b.dtype == jnp.float32 else by_platform(wide, narrow)(a, b)
 
 
 def dense(x, kernel, bias):
@@ -43,9 +64,7 @@ def dense(x, kernel, bias):
     def wide(*arrays):
         return narrow(*(a.astype(jnp.float32) for a in arrays)).astype(x.dtype)
 
-    if x.dtype == jnp.float32:
-        return narrow(x, kernel, bias)
-    return jax.lax.platform_dependent(x, kernel, bias, cpu=wide, default=narrow)
+    return narrow(x, kernel, bias) if x.dtype == jnp.float32 else by_platform(wide, narrow)(x, kernel, bias)
 
 
 def relu_linear_attention(qkv, eps):
@@ -70,6 +89,7 @@ def relu_linear_attention(qkv, eps):
     return (out / (weight[..., None] + eps)).astype(qkv.dtype)
 
 
+@jax.checkpoint  # for the backward pass x alone is kept, not a float32 copy of it for each tap
 def depthwise_conv(x, kernel, bias=None):
     """Depthwise k x k convolution, stride 1, zero padding k // 2.
 

@@ -5,12 +5,12 @@ what the vocabulary lacks, left padding as stored.  Words are learned with the s
 that a trailing space merges with whatever word is appended: the trap of docs/numerics.md section 6.
 """
 
+import copy
 import functools
-import json
+
+from sana_jax.data.vocabulary import learn
 
 VOCAB_SIZE = 640  # of a model that takes these ids; a few are never used
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SENTENCES = [
     "a photo of a red cat on a green chair in the morning light",
     "a small dog runs along the beach under a blue sky with white clouds",
@@ -26,29 +26,14 @@ SENTENCES = [
 
 def make_tokenizer(vocab_size=VOCAB_SIZE):
     """A `transformers.GemmaTokenizer`; `save_pretrained` makes a folder that its peers can load."""
-    vocab, merges = _learn(vocab_size)
-    from transformers import GemmaTokenizer
-
-    tokenizer = GemmaTokenizer(vocab=dict(vocab), merges=list(merges), add_bos_token=True)
-    assert tokenizer.encode("") == [2], "the tokenizer must prepend BOS and nothing else"
-    return tokenizer
+    return copy.deepcopy(_learned(vocab_size))  # some tests change theirs
 
 
 @functools.cache
-def _learn(vocab_size):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    learner.train_from_iterator(
-        [" " + sentence for sentence in SENTENCES],  # so that first words have a space too
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, show_progress=False
-        ),
-    )
-    model = json.loads(learner.to_str())["model"]
-    return model["vocab"], tuple(tuple(merge) for merge in model["merges"])
+def _learned(vocab_size):
+    tokenizer = learn(SENTENCES, vocab_size)
+    assert tokenizer.encode("") == [2], "the tokenizer must prepend BOS and nothing else"
+    return tokenizer
 
 
 CONFIG = dict(

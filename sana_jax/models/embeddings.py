@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sana_jax.models.layers import Dense, RMSNorm
+from sana_jax.models.layers import Dense, RMSNorm, by_rows
 
 CAPTION_NORM_EPS = 1e-5
 
@@ -78,15 +78,15 @@ class TimeEmbed(nn.Module):
         dense = dense_of(self, small)
 
         def embed(x, name, last_init=small):
-            x = dense(self.width, name=f"{name}_1")(sinusoid(x).astype(self.dtype))
-            return dense(self.width, name=f"{name}_2", kernel_init=last_init)(nn.silu(x))
+            x = by_rows(dense(self.width, name=f"{name}_1")(sinusoid(x).astype(self.dtype)))
+            return by_rows(dense(self.width, name=f"{name}_2", kernel_init=last_init)(nn.silu(x)))
 
         x = embed(jnp.trunc(t.astype(jnp.float32)) if self.integer else t, "mlp")
         if self.guidance:
             if guidance is None:
                 raise ValueError("guidance=None: this model embeds guidance, pass 0.1 * scale, [b]")
             x = x + embed(guidance, "guidance", nn.initializers.zeros)
-        rows = dense(6 * self.width, name="modulation")(nn.silu(x))
+        rows = by_rows(dense(6 * self.width, name="modulation")(nn.silu(x)))
         return Time(x, rows.reshape(*t.shape, 6, self.width))
 
 
@@ -100,7 +100,7 @@ class CaptionEmbed(nn.Module):
     @nn.compact
     def __call__(self, states):
         dense = dense_of(self, small)
-        x = nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True)
+        x = by_rows(nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True))
         x = dense(self.width, name="mlp_2")(x)
         return RMSNorm(
             CAPTION_NORM_EPS, scale_init=nn.initializers.constant(0.01), param_dtype=self.param_dtype, name="norm"

@@ -9,8 +9,20 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sana_jax import ops
+
+PRODUCT = "product"
+
+
+def by_rows(x):
+    """x [b ...], whose rows are cut over devices and nothing else is.
+
+    Says so to XLA where the caller gave the name "rows" a meaning (`layout.on_mesh`), which keeps it
+    from cutting activations as it finds the weights cut; anywhere else it is the identity.
+    """
+    return nn.with_logical_constraint(x, ("rows",) + (None,) * (x.ndim - 1))
 
 
 def layer_norm(x, eps=1e-6):
@@ -28,16 +40,19 @@ def rms_norm(x, scale, eps, axes=(-1,), bias=0.0):
 
 
 class Dense(nn.Dense):
-    """nn.Dense that rounds once where there is a bias, see `ops.dense`.  Same parameters."""
+    """nn.Dense that rounds once where there is a bias, see `ops.dense`.  Same parameters.
+
+    Its result is named PRODUCT, for `jax.checkpoint` to tell it from what is cheap to compute again.
+    """
 
     @nn.compact
     def __call__(self, x):
         if not self.use_bias:
-            return super().__call__(x)
+            return checkpoint_name(super().__call__(x), PRODUCT)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+        return checkpoint_name(ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias))), PRODUCT)
 
 
 class RMSNorm(nn.Module):

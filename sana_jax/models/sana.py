@@ -9,15 +9,18 @@ modulation of any number of times, and `velocity` is what is left inside the sam
 `__call__` composes the three.
 """
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sana_jax import ops
-from sana_jax.errors import InputError
+from sana_jax.errors import InputError, require_choice
 from sana_jax.models import embeddings
 from sana_jax.models.embeddings import CaptionEmbed, TimeEmbed, dense_of
-from sana_jax.models.layers import GLUMBConv, layer_norm, rms_norm
+from sana_jax.models.layers import PRODUCT, GLUMBConv, by_rows, layer_norm, rms_norm
 
 FLOAT16_MAX = 65504.0
 HIDDEN_TOKEN = -10000.0  # additive logit of a masked token; finite on purpose, see ops.cross_attention
@@ -34,12 +37,12 @@ class Text:
 
 def modulate(x, shift, scale):
     """adaLN: LayerNorm(x) (1 + scale) + shift, float32 until the one rounding to x's dtype."""
-    return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
+    return by_rows((layer_norm(x) * (1 + scale) + shift).astype(x.dtype))
 
 
 def add_gated(x, gate, y):
     """x + gate * y with one rounding; the gate is float32."""
-    return add32(x, gate * y.astype(jnp.float32)).astype(x.dtype)
+    return by_rows(add32(x, gate * y.astype(jnp.float32)).astype(x.dtype))
 
 
 def add32(a, b):
@@ -157,9 +160,10 @@ class SanaBlock(nn.Module):
             self.heads, self.qk_norm, self.attention_eps, self.clamp, *types, name="self_attn"
         )
         x = add_gated(x, gate_a, attention(modulate(x, shift_a, scale_a), perturbed))
-        x = x + CrossAttention(
+        cross = CrossAttention(
             self.cross_heads, self.qk_norm, self.cross_norm_eps, *types, name="cross_attn"
-        )(x, kv, bias)
+        )
+        x = by_rows(x + cross(x, kv, bias))
         ffn = GLUMBConv(self.hidden, *types, name="mix_ffn")
         x = add_gated(x, gate_f, ffn(modulate(x, shift_f, scale_f)))
 
@@ -184,6 +188,15 @@ class Head(nn.Module):
         return dense_of(self)(self.channels, name="out")(x)
 
 
+# Layers run in a loop, across which nothing is merged: the barriers of prevent_cse would be in vain.
+_remat = functools.partial(nn.remat, prevent_cse=False)
+REMAT = {
+    None: lambda block: block,
+    "full": _remat,
+    "products": functools.partial(_remat, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
+}
+
+
 class Sana(nn.Module):
     """The velocity v = noise - x0 at time t in [0, 1000].  The module is its own configuration.
 
@@ -195,7 +208,9 @@ class Sana(nn.Module):
       qk_norm: RMSNorm on queries and keys (SANA-1.5, Sprint).
       guidance_embed: the guidance scale is an input of the network (Sprint).
       attention_eps, cross_norm_eps, integer_time, clamp: see `stacks.Stack`.
-      remat: recompute each block in the backward pass.
+      remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
+        each block from its input; "products", all but the products with weights, which are most of the
+        work and a third of the memory.
       dtype, param_dtype: of activations and of parameters.
     """
 
@@ -214,7 +229,7 @@ class Sana(nn.Module):
     cross_norm_eps: float = 1e-5
     integer_time: bool = False
     clamp: bool = False
-    remat: bool = False
+    remat: str | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -222,6 +237,7 @@ class Sana(nn.Module):
         for field in ("heads", "cross_heads"):
             if self.width % getattr(self, field):
                 raise InputError(f"{field}={getattr(self, field)}: must divide width={self.width}")
+        require_choice("remat", self.remat, REMAT)
         types = (self.dtype, self.param_dtype)
         self.patch_embed = dense_of(self)(self.width)
         self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
@@ -234,7 +250,7 @@ class Sana(nn.Module):
             split_rngs={"params": True},
         )(self.cross_heads, self.qk_norm, self.cross_norm_eps, *types)
         self.blocks = nn.scan(
-            nn.remat(SanaBlock, prevent_cse=False) if self.remat else SanaBlock,
+            REMAT[self.remat](SanaBlock),
             length=self.depth,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
@@ -273,7 +289,7 @@ class Sana(nn.Module):
 
     def embed_text(self, states, mask):
         """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time."""
-        caption = self.caption_embed(states.astype(self.dtype))
+        caption = by_rows(self.caption_embed(states.astype(self.dtype)))
         bias = jnp.where(mask, 0.0, HIDDEN_TOKEN).astype(self.dtype)
         return Text(self.key_value(caption), bias)
 
@@ -287,7 +303,7 @@ class Sana(nn.Module):
         `time` has leading axis b, or 1 for one time for all.  `perturbed`, [l b] bool, says in which
         layers which rows lose their self-attention (docs/numerics.md 4.6); None costs nothing.
         """
-        x = self.patch_embed(x.astype(self.dtype))
+        x = by_rows(self.patch_embed(x.astype(self.dtype)))
         if self.position_scale is not None:
             _, h, w, d = x.shape
             position = embeddings.position_embedding(h, w, self.sample_size, self.position_scale, d)

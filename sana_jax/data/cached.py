@@ -1,0 +1,78 @@
+"""Latents and text states that `python -m sana_jax.data.cache` has made; see there."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+
+from sana_jax.data.array_record import ENDING, ShardReader
+from sana_jax.data.side_files import parse_json
+from sana_jax.data.records import BadRecord
+from sana_jax.errors import InputError
+from sana_jax.files import read_bounded
+
+META = "cache.json"  # what the features are of, and which models made them
+NULL = "null.npy"  # states of the empty prompt, float16 [n d]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """The features in a folder."""
+
+    path: str
+
+    def open(self):
+        """A `CachedReader`.  Raises InputError: no cache, or one that is not finished."""
+        meta = read_meta(self.path)
+        names = shard_names(meta)
+        there = {entry.name for entry in pathlib.Path(self.path).iterdir()}
+        if missing := [name for name in names if name not in there]:
+            raise InputError(
+                f"data.source.path={self.path!r}: {len(missing)} of {len(names)} shards are not there yet; the command "
+                "that made the others, given again, makes them"
+            )
+        return CachedReader(self.path, meta, names)
+
+
+class CachedReader(ShardReader):
+    """The records of a Cached: `latent` [h w c], `states` [n d] of valid tokens; rows are the source's."""
+
+    def __init__(self, path, meta, names):
+        super().__init__([os.path.join(path, name) for name in names], meta["fingerprint"])
+        if len(self) != meta["rows"]:
+            raise InputError(f"data.source.path={path!r}: {len(self)} rows, {META} says {meta['rows']}")
+        self.path, self.meta = path, meta
+
+    @property
+    def null_states(self):
+        """States of the empty prompt, float16 [n d]; None where no text states are cached."""
+        path = pathlib.Path(self.path) / NULL
+        return np.load(path) if self.meta["text"] else None
+
+
+def shard_names(meta):
+    """The names of all shards of a cache."""
+    return [f"{i:05d}{ENDING}" for i in range(math.ceil(meta["rows"] / meta["shard_records"]))]
+
+
+def read_meta(path):
+    """cache.json of a folder.  Raises InputError."""
+    name = os.path.join(path, META)
+    try:
+        meta = parse_json(read_bounded(name, 1 << 20))
+    except BadRecord as error:
+        raise InputError(f"{name}: {error}") from error
+    if absent := {"rows", "shard_records", "fingerprint", "text"} - set(meta):
+        raise InputError(f"{name}: no {', '.join(sorted(absent))}; not written by sana_jax.data.cache")
+    return meta
+
+
+def write_meta(path, meta):
+    """Writes cache.json, whole or not at all."""
+    name = pathlib.Path(path) / META
+    partial = name.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, name)

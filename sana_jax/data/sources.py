@@ -1,0 +1,26 @@
+"""Which source a folder or file is, where nobody says."""
+
+import pathlib
+
+from sana_jax.data.array_record import ENDING, ArrayRecord
+from sana_jax.data.cached import META, Cached
+from sana_jax.data.folder import Folder
+from sana_jax.data.tar import Tar
+from sana_jax.errors import InputError
+
+
+def guess(path):
+    """The source of `path`, by what is in it; a folder of pictures with those of folders inside.
+
+    Raises InputError: no such file or folder, or another kind of file.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    names = [path.name] if path.is_file() else [entry.name for entry in path.iterdir()]
+    for ending, source in ((META, Cached), (ENDING, ArrayRecord), (".tar", Tar)):
+        if any(name.endswith(ending) for name in names):
+            return source(str(path))
+    if path.is_file():
+        raise InputError(f"{path}: must be a folder, a .tar or a {ENDING}")
+    return Folder(str(path), recursive=True)

@@ -1,0 +1,119 @@
+"""The networks that a run uses and does not train, and the tokenizer of its captions."""
+
+import itertools
+import pathlib
+
+import jax
+
+from sana_jax import precision, programs, text
+from sana_jax.checkpoints.read import read_json
+from sana_jax.data.records import BadRecord
+from sana_jax.data.tokens import Tokenizer
+from sana_jax.data.vocabulary import learn
+from sana_jax.errors import InputError
+from sana_jax.hub.download import find_model
+from sana_jax.loading import EXTRAS
+from sana_jax.models.dc_ae import DCAE
+from sana_jax.models.gemma2 import Gemma2
+from sana_jax.saving import new_folder
+from sana_jax.stacks import NVLABS
+from sana_jax.training import initialise, processes
+from sana_jax.training.objectives import Flow, Frozen
+
+OWN_TOKENIZER = "tokenizer"  # of a run that trains a text encoder, in its folder
+LEARNED_FROM = 100_000  # records whose captions make a tokenizer
+
+
+def load(config, names, reader, mesh):
+    """(`Frozen` with what the objective needs, laid over the mesh; remarks for the log).
+
+    Args:
+      names: of the arrays in a batch; what is cached already needs no network.
+      reader: of the data, which brings the states of the empty caption where text states are cached.
+    Raises InputError: a network that is needed is not given, or is another kind of model.
+    """
+    params, remarks = config.objective.load()
+    needed = config.objective.frozen_needed(names)
+    if config.preview.every and isinstance(config.objective, Flow):
+        needed = needed | {"dc_ae"} | ({"text"} if config.preview.prompts else set())
+    modules = {}
+    for name, cls in (("dc_ae", DCAE), ("text", Gemma2)):
+        if name in needed:
+            if not (source := getattr(config.frozen, name)):
+                raise InputError(f"frozen.{name}='': is needed for these data; name a folder or a published model")
+            modules[name], params[name] = _read(source, cls, mesh)
+    if "text" in modules:
+        params |= _fixed_texts(config, modules["text"], params["text"])
+    elif (null := getattr(reader, "null", None)) is not None:
+        params["null"] = jax.device_put(null)
+    return Frozen(modules, params), remarks
+
+
+def _read(source, cls, mesh):
+    module, read = initialise.open_weights(source, cls)
+    # Activations of both networks exceed float16 (docs/numerics.md 8).
+    return module.clone(dtype=precision.without_float16(module.dtype)), read(mesh)
+
+
+def _fixed_texts(config, gemma2, params):
+    """{"null": [m d], "prefix": Prefix}, see `Frozen` (docs/numerics.md 5.6, 6)."""
+    tokenizer, words = text.load_tokenizer(tokenizer_folder(config)), instruction(config)
+    null = text.tokenize(tokenizer, [""], "", config.data.tokens)
+    states, _ = programs.text_program(params, null.ids, null.mask, null.selection, None, gemma2=gemma2)
+    found = {"null": states[0]}
+    if words:
+        head, _ = text.split_instruction(text.tokenize(tokenizer, [""], words, config.data.tokens))
+        found["prefix"] = programs.prefix_program(params, head, gemma2=gemma2)
+    return found
+
+
+def tokenizer(config, reader):
+    """What turns captions into ids for this experiment, None where it reads none.
+
+    A text encoder that is trained without a tokenizer gets one from the captions, once: process 0
+    writes it to the run's folder while the others wait.
+    """
+    if "texts" not in config.objective.reads:
+        return None
+    if not config.frozen.text:
+        if not isinstance(config.model, Gemma2):
+            return None
+        folder = tokenizer_folder(config)
+        if jax.process_index() == 0 and not folder.is_dir():
+            learned = learn(_all_captions(reader), config.model.vocab_size)
+            with new_folder(folder) as partial:
+                learned.save_pretrained(partial)
+        processes.meet("tokenizer")
+    return Tokenizer(tokenizer_folder(config), instruction(config), config.data.tokens)
+
+
+def tokenizer_folder(config):
+    """Where the tokenizer is: with the frozen text encoder, else in the run's own folder."""
+    source = config.frozen.text
+    if not source:
+        return pathlib.Path(config.workdir, OWN_TOKENIZER)
+    folder = _folder(source)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
+def instruction(config):
+    """The text before every caption, "" for none: NVlabs' words, with which SANA was trained."""
+    source = config.frozen.text
+    if not source or config.frozen.chi == "none" or isinstance(config.model, Gemma2):
+        return ""
+    extras = _folder(source) / EXTRAS
+    said = read_json(extras).get("complex_human_instruction") if extras.is_file() else None
+    return text.find_instruction(config.frozen.chi, NVLABS, said).text
+
+
+def _folder(source):
+    return pathlib.Path(source if initialise.is_run(source) else find_model(source, part="text_encoder"))
+
+
+def _all_captions(reader):
+    """Every caption of the first records, in order."""
+    for index in itertools.islice(range(len(reader)), LEARNED_FROM):
+        try:
+            yield from reader[index].captions.values()
+        except BadRecord:  # counted where it is trained on
+            continue

@@ -1,0 +1,156 @@
+"""The flow loss and all of its gradients against torch autograd through diffusers' transformer.
+
+Both sides get the same weights, noise and numbers of noise levels.  The loss agrees to 1e-5, each
+leaf's gradient to 5e-5 of its norm; float32 leaves about 2e-6.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax import flow
+from sana_jax.checkpoints import sana as names
+from sana_jax.models.sana import Sana
+from sana_jax.training.objectives import Flow, Frozen
+from tests import gradients, peers
+from tests.toy_pipeline import CAPTION, VARIANTS, make_transformer
+
+pytestmark = pytest.mark.parity
+
+LOSS_BOUND = 1e-5
+ROWS, HEIGHT, WIDTH, TOKENS = 5, 6, 4, 7
+FLOW = Flow(caption_dropout=0.4)
+KEYS = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(ROWS))
+
+
+@functools.cache
+def peer(variant):
+    return make_transformer(**VARIANTS[variant]).requires_grad_(True)
+
+
+def table(module):
+    return names.diffusers_rules(module.heads, module.cross_heads, module.qk_norm, module.guidance_embed)
+
+
+def convert(torch_module):
+    module = Sana(**names.config_fields(dict(torch_module.config)))
+    return module, gradients.to_tree(module, table(module), peers.to_numpy_state(torch_module))
+
+
+@functools.cache
+def batch():
+    rng = np.random.default_rng(0)
+    mask = np.arange(TOKENS) < np.array([7, 2, 5, 1, 3])[:, None]
+    return {
+        "latent": (2 * rng.normal(size=(ROWS, HEIGHT, WIDTH, 32))).astype(np.float16),
+        "states": rng.normal(size=(ROWS, TOKENS, CAPTION)).astype(np.float16),
+        "mask": mask,
+        "weight": np.float32([1, 1, 1, 0, 1]),
+    }
+
+
+NULL = np.random.default_rng(1).normal(size=(TOKENS + 2, CAPTION)).astype(np.float16)
+
+
+@functools.cache
+def program(objective, module):
+    """(params, rows) -> (loss, gradients), as a step takes them: the weighted mean of the rows."""
+
+    def loss(params, rows):
+        terms = objective(module, Frozen({}, {"null": NULL}), params, rows, KEYS)
+        return jnp.sum(terms.loss * terms.weight) / jnp.sum(terms.weight)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.cache
+def theirs(variant):
+    """(loss, gradients): docs/numerics.md 5, items 2 to 6, written down once more in torch."""
+    import torch
+
+    torch_module, rows = peer(variant), batch()
+    number, noise, dropped = (np.asarray(a) for a in FLOW.draw(KEYS, (HEIGHT, WIDTH, 32)))
+    assert 0 < dropped.sum() < ROWS and len(set(number.tolist())) == ROWS
+    base = (1 - np.linspace(1, 0.001, 1000))[number]
+    sigma = 3 * base / (1 + 2 * base)
+    x0 = torch.tensor(rows["latent"]).float().permute(0, 3, 1, 2) * 0.41407
+    eps = torch.tensor(noise).permute(0, 3, 1, 2)
+    level = torch.tensor(sigma, dtype=torch.float32)[:, None, None, None]
+    states = np.where(dropped[:, None, None], NULL[:TOKENS], rows["states"])
+    out = torch_module(
+        (1 - level) * x0 + level * eps,
+        encoder_hidden_states=torch.tensor(states).float(),
+        encoder_attention_mask=torch.tensor(rows["mask"].astype(np.int64)),
+        timestep=torch.tensor((1000 * sigma).astype(np.int64)),
+    ).sample
+    per_row = ((out - (eps - x0)) ** 2).mean(dim=(1, 2, 3))
+    weight = torch.tensor(rows["weight"])
+    loss = (per_row * weight).sum() / weight.sum()
+    module = convert(torch_module)[0]
+    return loss.item(), gradients.torch_gradients(torch_module, loss, module, table(module))
+
+
+@pytest.mark.parametrize("variant", ["1.0", "1.5", "4K"])
+def test_loss_and_gradients(variant):
+    module, params = convert(peer(variant))
+    loss, grads = program(FLOW, module)(params, batch())
+    expected, theirs_grads = theirs(variant)
+    assert abs(loss - expected) <= LOSS_BOUND * expected
+    assert gradients.worst(grads, theirs_grads) <= gradients.BOUND
+
+
+def no_shift():
+    return Flow(shift=1.0, caption_dropout=0.4), {}
+
+
+def no_mask():
+    return FLOW, {"mask": np.ones((ROWS, TOKENS), bool)}
+
+
+def null_mask():
+    """The dropped rows with the mask of the empty caption, BOS alone, instead of their own."""
+    dropped = np.asarray(FLOW.draw(KEYS, (HEIGHT, WIDTH, 32))[2])
+    return FLOW, {"mask": np.where(dropped[:, None], np.arange(TOKENS) < 1, batch()["mask"])}
+
+
+def no_scaling():
+    return Flow(caption_dropout=0.4, scaling_factor=1.0), {}
+
+
+def no_dropout():
+    return Flow(caption_dropout=0.0), {}
+
+
+def all_rows():
+    return FLOW, {"weight": np.ones(ROWS, np.float32)}
+
+
+@pytest.mark.parametrize("mistake", [no_shift, no_mask, null_mask, no_scaling, no_dropout, all_rows])
+def test_mistakes_are_seen(mistake):
+    objective, changes = mistake()
+    module, params = convert(peer("1.0"))
+    loss, grads = program(objective, module)(params, batch() | changes)
+    expected, theirs_grads = theirs("1.0")
+    assert abs(loss - expected) > 10 * LOSS_BOUND * expected
+    assert gradients.worst(grads, theirs_grads) > 10 * gradients.BOUND
+
+
+def test_a_flipped_target_is_seen(monkeypatch):
+    monkeypatch.setattr(flow, "target", lambda x0, noise: x0 - noise)
+    module, params = convert(peer("1.0"))
+    loss, grads = program.__wrapped__(FLOW, module)(params, batch())
+    expected, theirs_grads = theirs("1.0")
+    assert abs(loss - expected) > 10 * LOSS_BOUND * expected
+    assert gradients.worst(grads, theirs_grads) > 10 * gradients.BOUND
+
+
+def test_float_times_are_seen(monkeypatch):
+    """1000 sigma that is not truncated."""
+    exact = flow.shift_sigma(1 - np.linspace(1, 0.001, 1000), 3.0)
+    monkeypatch.setattr(flow, "levels", lambda shift: (np.float32(exact), np.float32(1000 * exact)))
+    module, params = convert(peer("1.0"))
+    _, grads = program.__wrapped__(FLOW, module)(params, batch())
+    assert gradients.worst(grads, theirs("1.0")[1]) > 10 * gradients.BOUND
