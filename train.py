@@ -34,7 +34,7 @@ from sana_jax.training.store import Store
 from sana_jax.training.timing import Clocks
 from sana_jax.training.watchdog import Watchdog
 
-EXIT_CODES = {InputError: 2, TooManyBadRecords: 3, NonFiniteError: 4}
+EXIT_CODES = {TooManyBadRecords: 3, NonFiniteError: 4, InputError: 2}  # the first that fits
 
 
 def main(arguments):

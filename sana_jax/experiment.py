@@ -15,6 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from sana_jax import experiment_checks
 from sana_jax import overrides as dotted
+from sana_jax.data import sources
 from sana_jax.data.captions import Captions
 from sana_jax.errors import InputError, nearest
 from sana_jax.models.dc_ae import DCAE
@@ -205,18 +206,21 @@ def load(path, arguments=(), *, run=False):
       InputError: all that is wrong, one problem a line.
     """
     config = read_file(path)
+    order = [stage.name for stage in config.stages]
     values, problems = dotted.split(arguments)
     config, more = override(config, values)
     problems += more
-    config, more = dotted.settle(config)
-    problems += more
-    if not more:  # of values of the wrong kind nothing else can be said
-        earlier = []
-        for stage in config.stages or (config,):
-            lead = f"{stage.name}." if config.stages else ""
-            problems += [lead + line for line in experiment_checks.problems(stage, run, earlier)]
-            earlier.append(stage.name)
-        problems += experiment_checks.workdir(config.workdir) if run else []
+    settled = []
+    for stage in config.stages or (config,):
+        lead = f"{stage.name}." if order else ""
+        stage, more = dotted.settle(stage, lead)
+        if not more:  # of values of the wrong kind nothing else can be said
+            earlier = order[: order.index(stage.name)] if order else []
+            more = [lead + line for line in experiment_checks.problems(stage, run, earlier)]
+        problems += more
+        settled.append(stage)
+    config = dataclasses.replace(config, stages=tuple(settled)) if config.stages else settled[0]
+    problems += experiment_checks.workdir(config.workdir) if run else []
     _raise(path, problems)
     return _with_folders(config)
 
@@ -235,6 +239,9 @@ def read_file(path):
         raise InputError(_explain(path, error)) from error
     if not isinstance(config, Experiment):
         raise InputError(f"{path}: must bind `config` to an Experiment, is {type(config).__name__}")
+    names = [stage.name if isinstance(stage, Experiment) else "" for stage in config.stages]
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(f"{path}: stages must be Experiments with names of their own, are {names}")
     return dataclasses.replace(config, name=config.name or path.stem)
 
 
@@ -247,11 +254,19 @@ def derived(file, base, changes):
 
 
 def override(config, values):
-    """`overrides.override`, with the stages of an experiment by their names."""
-    values = dict(values)
+    """`overrides.override`, with stages by their names, and with a path, "data.source=DIR", for a source."""
+    values, problems = dict(values), []
+    for name in [name for name in values if f".{name}".endswith(".data.source")]:
+        if isinstance(values[name], str):
+            try:
+                values[name] = sources.guess(values[name])
+            except InputError as error:
+                problems.append(f"{name}={error}")
+                del values[name]
     if not config.stages:
-        return dotted.override(config, values)
-    stages, problems = {stage.name: stage for stage in config.stages}, []
+        config, more = dotted.override(config, values)
+        return config, problems + more
+    stages = {stage.name: stage for stage in config.stages}
     chosen = values.pop("stage", None)
     if chosen is not None and chosen not in stages:
         problems.append(f"stage={chosen!r}: must be one of {', '.join(stages)}{nearest(chosen, stages)}")
@@ -325,14 +340,14 @@ def changes(old, new):
     """What differs between the `describe` of the run in a folder and the experiment that goes on there.
 
     Returns:
-      Lines for the log, "optim.lr: 0.0001 -> 2e-05".
+      Lines for the log, "optim.lr: 0.0001 -> 2e-05".  A field that an older version did not know is no hindrance.
     Raises:
       InputError: a field that a run keeps for life, such as model, data.batch, data.source and seed.
     """
     old, new = dict(_leaves(old)), dict(_leaves(describe(new)))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     lines = {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names}
-    kept = [line for name, line in lines.items() if not any(re.fullmatch(p, name) for p in MAY_CHANGE)]
+    kept = [line for name, line in lines.items() if name in old and not any(re.fullmatch(p, name) for p in MAY_CHANGE)]
     if kept:
         raise InputError(
             "\n  ".join(["this run cannot go on with another value of", *kept])

@@ -1,5 +1,6 @@
 """What can be said against an experiment before any device is asked: one line for each problem."""
 
+import functools
 import math
 import pathlib
 import re
@@ -130,8 +131,8 @@ def _model(config):
     model, objective = config.model, config.objective
     if not isinstance(objective, tuple(MODELS)):
         yield f"objective: is a {type(objective).__name__}, must be one of {', '.join(o.__name__ for o in MODELS)}"
-    elif not isinstance(model, MODELS[type(objective)]):
-        wanted = MODELS[type(objective)].__name__
+    elif not isinstance(model, kind := next(model for own, model in MODELS.items() if isinstance(objective, own))):
+        wanted = kind.__name__
         yield f"objective: {type(objective).__name__} trains a {wanted}, model is a {type(model).__name__}"
     try:
         paths = parameter_paths(model)
@@ -153,6 +154,7 @@ def _model(config):
         yield "optim.freeze: leaves nothing to train"
 
 
+@functools.lru_cache(8)
 def parameter_paths(model):
     """["blocks/self_attn/qkv/kernel", ...]; traced, so that no device is needed for the random key."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]

@@ -44,7 +44,8 @@ def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, te
         raise InputError(f"{run_dir}: is no folder of a run, it has no checkpoints/")
     config = initialise.run_config(run_dir)
     given = {name: str(path) for name, path in {"dc_ae": dc_ae, "text": text}.items() if path}
-    run = Run(initialise.run_model(run_dir), Frozen(**config["frozen"] | given), str(run_dir))
+    kept = {name: config["frozen"][name] for name in ("dc_ae", "text", "chi")}
+    run = Run(initialise.run_model(run_dir), Frozen(**kept | given), str(run_dir))
     trained = _cast(run.model, initialise.read_run(run_dir, ema, step), dtype)
     if isinstance(run.model, Sana):
         saving.save_pipeline(_pipeline(run, trained, config["objective"]["shift"], dtype), target)

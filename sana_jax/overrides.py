@@ -190,7 +190,7 @@ def describe_hint(hint):
             inner = [WORDS.get(a, getattr(a, "__name__", str(a))) for a in typing.get_args(option) if a is not Ellipsis]
             out.append(f"a {kind.__name__} of {', '.join(inner)}")
         else:
-            out.append(f"a {option.__name__}(...)")
+            out.append(f"{option.__name__}(...)")
     return " or ".join(out)
 
 

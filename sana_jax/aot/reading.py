@@ -3,6 +3,8 @@
 import collections
 import re
 
+from sana_jax.training.plan import step_bytes
+
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
     r"|collective-broadcast)(?:-start)?\("
@@ -22,4 +24,5 @@ def summary(compiled):
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
+        "peak_bytes": step_bytes(memory),
     }

@@ -40,6 +40,11 @@ def device_bytes(target):
     return int(re.search(r"device_memory_size: (\d+)", description(target))[1])
 
 
+def architecture(target):
+    """What ptxas calls it, such as sm_90a."""
+    return "sm_" + re.search(r"Compute Capability ([\w.]+)", description(target))[1].replace(".", "")
+
+
 def devices(target, count):
     """`count` devices that can be compiled for, and nothing else.
 

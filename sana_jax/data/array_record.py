@@ -60,7 +60,9 @@ def pack(record, size=(0, 0), bad=None):
         "captions": record.captions,
         "scores": record.scores,
         "image": None if record.image is None else [place(record.image), len(record.image)],
-        "arrays": {n: [str(a.dtype), list(a.shape), place(np.ascontiguousarray(a).tobytes())] for n, a in record.arrays.items()},
+        "arrays": {
+            n: [str(a.dtype), list(a.shape), place(np.ascontiguousarray(a).tobytes())] for n, a in record.arrays.items()
+        },
         "bad": None if bad is None else [bad.reason, bad.detail],
     }
     text = json.dumps(header).encode()
@@ -235,7 +237,9 @@ def write(reader, folder, shard_records=10_000):
 def main(arguments=None):
     from sana_jax.data.sources import guess
 
-    parser = argparse.ArgumentParser(prog="python -m sana_jax.data.array_record", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sana_jax.data.array_record", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("folder", help="pictures, or tars")
     parser.add_argument("out", help="a folder to make")
     parser.add_argument("--shard-records", type=int, default=10_000)

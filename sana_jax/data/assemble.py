@@ -19,11 +19,13 @@ class Contents(NamedTuple):
 
     image: whether it has pixels.
     latent, states: (channels, dtype), or None.
+    texts: {name: (shape of a row, dtype)} of what a tokenizer makes.
     """
 
     image: bool = False
     latent: tuple | None = None
     states: tuple | None = None
+    texts: dict = {}
 
 
 def read(reader, indices):
@@ -47,8 +49,8 @@ def read_one(reader, index):
         return BadRecord("error", f"{type(error).__name__}: {error}")
 
 
-def contents(reader, inputs, shape_of):
-    """The Contents of all batches, after the first good record; `inputs` as in the loader.
+def contents(reader, inputs, shape_of, tokenize):
+    """The Contents of all batches, after the first good record; `inputs` and `tokenize` as in the loader.
 
     Every host looks at the same records, and so finds the same.
     Args:
@@ -60,14 +62,14 @@ def contents(reader, inputs, shape_of):
     for index in range(looked):
         record = read_one(reader, index)
         if not isinstance(record, BadRecord):
-            return _contents(record, inputs, shape_of(index))
+            return _contents(record, inputs, shape_of(index), tokenize)
         reasons.setdefault(record.reason, f"record {index}: {record}")
     raise InputError(
         f"data.source: none of its first {looked} records can be used; " + "; ".join(reasons.values())
     )
 
 
-def _contents(record, inputs, shape):
+def _contents(record, inputs, shape, tokenize):
     arrays = {name: record.arrays.get(name) for name in ("latent", "states") if name in inputs}
     latent, states, found = arrays.get("latent"), arrays.get("states"), {}
     if latent is not None:
@@ -85,11 +87,17 @@ def _contents(record, inputs, shape):
         if states.ndim != 2:
             raise InputError(f"data.source: states of {record.key} are {states.shape}, not [m d]")
         found["states"] = (states.shape[1], _dtype(states))
+    elif tokenize is not None:
+        found["texts"] = {name: (array.shape[1:], array.dtype) for name, array in tokenize([""]).items()}
     return Contents(**found)
 
 
 def _dtype(array):
     return np.dtype(np.float16 if array.dtype == np.float16 else np.float32)
+
+
+def zeros(layout):
+    return {name: np.zeros(*told) for name, told in layout.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,47 +121,46 @@ class Assemble:
     start: int
     stop: int
 
-    def __call__(self, number):
+    def __call__(self, number, allocate=zeros):
+        """The batch; `allocate` makes its arrays, {name: (shape, dtype)} -> {name: array of 0}."""
         bucket, indices = self.records(number, self.start, self.stop)
-        positions = (number * self.schedule.batch + np.arange(self.start, self.stop)).astype(np.uint32)
-        batch, texts = self.empty(bucket), [""] * len(indices)
+        batch, texts = allocate(self.layout(bucket)), [""] * len(indices)
+        batch["position"][:] = number * self.schedule.batch + np.arange(self.start, self.stop)
         for row, record in enumerate(read(self.reader, indices)):
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                texts[row] = self.fill(batch, row, record, positions[row])
+                texts[row] = self.fill(batch, row, record)
             except BadRecord as bad:
                 self.blank(batch, row, bad)
             except (Exception, SystemExit) as error:
                 self.blank(batch, row, BadRecord("error", f"{type(error).__name__}: {error}"))
-        for name in ("latent", "states"):
-            for row in np.flatnonzero(not_finite(batch[name])) if name in batch else ():
-                self.blank(batch, row, BadRecord("features", f"{name} is not finite"))
-        if self.tokenize is not None and self.contents.states is None:
-            batch |= self.tokenize(texts)
-        batch["weight"] = (batch["bad"] == 0).astype(np.float32)
-        return batch | {"position": positions}
+        for name, array in self.tokenize(texts).items() if self.contents.texts else ():
+            batch[name][:] = array
+        batch["weight"][:] = batch["bad"] == 0
+        return batch
 
     def records(self, number, start, stop):
         """(bucket, indices into the reader) of rows start..stop of the global batch `number`."""
         bucket, rows = self.schedule.rows(number, start, stop)
         return bucket, rows if self.members is None else self.members[bucket][rows]
 
-    def empty(self, bucket):
+    def layout(self, bucket):
+        """{name: (shape, dtype)} of a batch."""
         b, (height, width) = self.stop - self.start, self.shapes[bucket]
-        batch = {"bad": np.zeros(b, np.int32)}
+        found = {"weight": ((b,), np.float32), "position": ((b,), np.uint32), "bad": ((b,), np.int32)}
         if self.contents.latent:
             channels, dtype = self.contents.latent
-            batch["latent"] = np.zeros((b, height // PATCH, width // PATCH, channels), dtype)
+            found["latent"] = ((b, height // PATCH, width // PATCH, channels), dtype)
         elif self.contents.image:
-            batch["image"] = np.zeros((b, height, width, 3), np.uint8)
+            found["image"] = ((b, height, width, 3), np.uint8)
         if self.contents.states:
             channels, dtype = self.contents.states
-            batch["states"] = np.zeros((b, self.length, channels), dtype)
-            batch["mask"] = np.zeros((b, self.length), bool)
-        return batch
+            found["states"] = ((b, self.length, channels), dtype)
+            found["mask"] = ((b, self.length), bool)
+        return found | {name: ((b, *shape), dtype) for name, (shape, dtype) in self.contents.texts.items()}
 
-    def fill(self, batch, row, record, position):
+    def fill(self, batch, row, record):
         """Puts one record into its row; returns its caption, "" where none is wanted."""
         if "latent" in batch:
             place(batch["latent"][row], record.arrays.get("latent"), "latent")
@@ -164,15 +171,15 @@ class Assemble:
             image[...] = images.decode(record.image, *image.shape[:2])
         if "states" in batch:
             place_states(batch["states"][row], batch["mask"][row], record.arrays)
-        elif self.tokenize is not None:
-            key = np.array([self.seed, position], np.uint64)
+        elif self.contents.texts:
+            key = np.array([self.seed, batch["position"][row]], np.uint64)
             return self.captions.choose(record, np.random.Generator(np.random.Philox(key=key)))[1]
         return ""
 
     def blank(self, batch, row, bad):
         """A placeholder: weight 0, and finite all through the network, which 0 times NaN would not be."""
-        for name, array in batch.items():
-            array[row] = 0
+        for name in batch.keys() - {"position"}:
+            batch[name][row] = 0
         if "mask" in batch:
             batch["mask"][row, 0] = True  # attention over no token at all is not defined
         batch["bad"][row] = bad.number
@@ -183,6 +190,8 @@ def place(target, array, name):
         raise BadRecord("features", f"no {name}")
     if array.shape != target.shape:
         raise BadRecord("features", f"{name} {array.shape}, expected {target.shape}")
+    if not finite(array):
+        raise BadRecord("features", f"{name} is not finite")
     target[...] = array
 
 
@@ -192,21 +201,19 @@ def place_states(target, mask, arrays):
     if states is None:
         raise BadRecord("features", "no states")
     valid = np.ones(len(states), bool) if valid is None else np.asarray(valid, bool)
-    if states.ndim != 2 or states.shape[1] != target.shape[1] or valid.shape != states.shape[:1]:
+    if states.ndim != 2 or valid.shape != states.shape[:1]:
         raise BadRecord("features", f"states {states.shape} with mask {valid.shape}")
     if not valid.any():
         raise BadRecord("features", "no valid state")
     used = int(np.flatnonzero(valid)[-1]) + 1
     if used > len(target):
         raise BadRecord("features", f"{used} states, of which data.tokens allows {len(target)}")
-    target[:used], mask[:used] = states[:used], valid[:used]
+    place(target[:used], states[:used], "states")
+    mask[:used] = valid[:used]
 
 
-def not_finite(array):
-    """bool [b]: rows that hold NaN or an infinity.  float16 by its bits: numpy has no fast isfinite."""
-    axes = tuple(range(1, array.ndim))
+def finite(array):
+    """Whether all is.  float16 by its bits: numpy converts it for isfinite, which takes ten times as long."""
     if array.dtype == np.float16:
-        return ((array.view(np.uint16) & 0x7C00) == 0x7C00).any(axes)
-    return ~np.isfinite(array).all(axes)
-
-
+        return array.size == 0 or int((array.view(np.uint16) & 0x7C00).max()) != 0x7C00
+    return bool(np.isfinite(array).all())

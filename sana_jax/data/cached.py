@@ -15,7 +15,7 @@ from sana_jax.errors import InputError
 from sana_jax.files import read_bounded
 
 META = "cache.json"  # what the features are of, and which models made them
-NULL = "null.npy"  # states of the empty prompt, float16 [n d]
+NULL = "null.npy"  # states of the empty caption, float16 [m d]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Cached:
 
 
 class CachedReader(ShardReader):
-    """The records of a Cached: `latent` [h w c], `states` [n d] of valid tokens; rows are the source's."""
+    """The records of a Cached: `latent` [h w c] as the autoencoder made it, and `states` [n d] of the n
+    valid tokens of a caption, both float16.  Record i is record i of what was cached."""
 
     def __init__(self, path, meta, names):
         super().__init__([os.path.join(path, name) for name in names], meta["fingerprint"])
@@ -47,10 +48,14 @@ class CachedReader(ShardReader):
         self.path, self.meta = path, meta
 
     @property
-    def null_states(self):
-        """States of the empty prompt, float16 [n d]; None where no text states are cached."""
-        path = pathlib.Path(self.path) / NULL
-        return np.load(path) if self.meta["text"] else None
+    def null(self):
+        """States of the empty caption, float16 [m d], padding included; None where no states are cached."""
+        if not self.meta["text"]:
+            return None
+        try:
+            return np.load(pathlib.Path(self.path) / NULL)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{pathlib.Path(self.path) / NULL}: cannot be read ({error})") from error
 
 
 def shard_names(meta):

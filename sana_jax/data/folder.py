@@ -50,7 +50,7 @@ class Folder:
             raise InputError(f"data.source.path={self.path!r}: no {', '.join(images.ENDINGS)} in it{hint}")
         made_from = [[rel, size, time, *map(list, sides)] for rel, size, time, sides in found]
         subject = os.path.join(self.path, f"{'features' if self.features else 'pictures'} {self.recursive}")
-        path = index.name(subject, ROW.descr.__repr__(), made_from)
+        path = index.name(subject, repr(ROW.descr), made_from)
         if (known := index.read(path)) is None:
             known = _make(self, path, found, subject)
         digest = hashlib.sha256(repr([(r, n, [s[:2] for s in sides]) for r, n, _, sides in found]).encode())

@@ -17,6 +17,8 @@ import numpy as np
 
 from sana_jax.errors import InputError
 
+END = b"complete"  # how every whole index ends
+
 
 class Index(NamedTuple):
     table: np.ndarray  # [n] of a structured dtype
@@ -52,7 +54,7 @@ def write(path, table, heap):
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
             try:
                 np.lib.format.write_array(file, table, version=(1, 0))
-                file.write(heap)
+                file.write(bytes(heap) + END)
                 file.flush()
                 os.replace(file.name, path)
             except BaseException:
@@ -94,9 +96,10 @@ def _map(path):
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         at = file.tell()
-    size, start = os.path.getsize(path), at + shape[0] * dtype.itemsize
-    if size < start:
-        raise ValueError(f"{path}: cut short")
+        size = file.seek(-len(END), os.SEEK_END)
+        start = at + shape[0] * dtype.itemsize
+        if size < start or file.read() != END:
+            raise ValueError(f"{path}: cut short")
     table = np.memmap(path, dtype, "r", at, shape) if shape[0] else np.zeros(0, dtype)
-    heap = np.memmap(path, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
+    heap = np.memmap(path, np.uint8, "r", start, size - start) if size > start else np.zeros(0, np.uint8)
     return Index(table, heap)

@@ -45,7 +45,7 @@ class Loader:
       host, hosts: which rows of a global batch are this process's: an equal share, in order.
     Attributes:
       names: of the arrays in a batch.
-      shapes: (height, width) in pixels of every shape of batch there is.
+      layouts: {(height, width) in pixels: {name: (shape, dtype)}}, every kind of batch there is.
       counts: {reason: bad records} of this host.
       wait_seconds: spent in `next`, for batches that were not ready.
     Raises:
@@ -70,7 +70,7 @@ class Loader:
             schedule=Schedule(counts, data.batch, seed),
             members=members,
             shapes=shapes,
-            contents=contents(reader, inputs, functools.partial(_shape, reader, data)),
+            contents=contents(reader, inputs, functools.partial(_shape, reader, data), tokenize),
             captions=data.captions or Captions(),
             tokenize=tokenize,
             length=data.tokens,
@@ -78,13 +78,13 @@ class Loader:
             start=host * (data.batch // hosts),
             stop=(host + 1) * (data.batch // hosts),
         )
-        texts = {} if tokenize is None or self._batch.contents.states else tokenize([""])
-        self.names = frozenset({"weight", "position", *self._batch.empty(0), *texts})
         self._data, self._batches = data, None
         self._recent = np.zeros(max(1, data.bad_window // hosts), bool)  # were they bad: the last rows
         self._seen = 0  # rows since the start
         self.samples, self.wait_seconds, self.counts = 0, 0.0, collections.Counter()
-        self.shapes = tuple(shape for shape, count in zip(shapes, counts) if count)
+        used = [bucket for bucket, count in enumerate(counts) if count]
+        self.layouts = {shapes[bucket]: self._batch.layout(bucket) for bucket in used}
+        self.names = frozenset(self._batch.layout(0))
 
     def __iter__(self):
         return self
@@ -99,8 +99,7 @@ class Loader:
         if self.samples + self._data.batch > POSITIONS:
             raise InputError(f"samples={self.samples}: a run counts up to {POSITIONS} samples")
         begin = time.perf_counter()
-        if self._batches is None:
-            self._open()
+        self.start()
         try:
             batch = next(self._batches)
         except BaseException:
@@ -113,6 +112,18 @@ class Loader:
         self.samples += self._data.batch
         self._count(batch)
         return batch
+
+    def start(self):
+        """Begins to read ahead, if it has not begun; `next` does so too."""
+        if self._batches is not None:
+            return
+        data = self._data
+        numbers = range(self.samples // data.batch, POSITIONS // data.batch)
+        if data.workers:
+            self._batches = Workers(self._batch, numbers, data.workers, data.threads, data.buffer)
+        else:
+            self._batches = in_threads(self._batch, numbers, data.threads, data.buffer)
+            self._batches.start_prefetch()
 
     def seek(self, samples):
         """Goes on with the global sample `samples`.  Raises InputError: not between two batches."""
@@ -162,14 +173,6 @@ class Loader:
                 f"data.bad_share={self._data.bad_share} of {self._recent.size} allows; so far: {counts}; "
                 f"for example {'; '.join(examples)}"
             )
-
-    def _open(self):
-        data = self._data
-        numbers = range(self.samples // data.batch, POSITIONS // data.batch)
-        if data.workers:
-            self._batches = Workers(self._batch, numbers, data.workers, data.threads, data.buffer)
-        else:
-            self._batches = in_threads(self._batch, numbers, data.threads, data.buffer)
 
 
 def _shape(reader, data, index):

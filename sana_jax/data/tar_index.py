@@ -104,4 +104,4 @@ def notes(known):
 
 def path_of(path, size, time, beside, features):
     """The path of the index of a tar file with these stamps."""
-    return index.name(f"{path}#{'features' if features else 'pictures'}", VERSION, ROW.descr.__repr__(), size, time, beside)
+    return index.name(f"{path}#{'features' if features else 'pictures'}", VERSION, repr(ROW.descr), size, time, beside)

@@ -32,8 +32,9 @@ def learn(texts, vocab_size):
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL, *BYTES], show_progress=False
-    )
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *BYTES], show_progress=False,
+        limit_alphabet=vocab_size - len(SPECIAL) - len(BYTES),  # what has no room is spelled in bytes
+    )  # fmt: skip
     learner.train_from_iterator((" " + text for text in texts), trainer)
     model = json.loads(learner.to_str())["model"]
     return GemmaTokenizer(

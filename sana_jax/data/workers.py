@@ -13,7 +13,9 @@ save, and it is the trainer that closes them.
 """
 
 import contextlib
+import functools
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -28,6 +30,8 @@ from multiprocessing import resource_tracker, util
 
 import grain
 import numpy as np
+
+from sana_jax.errors import InputError
 
 IGNORED = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 5.0  # seconds for a worker to end by itself
@@ -46,31 +50,41 @@ def in_threads(make, numbers, threads, ahead):
 
 
 class Workers:
-    """Iterator over make(number) of the range `numbers`, made in `count` processes.
+    """Iterator over the batches of the range `numbers`, made in `count` processes.
 
     Args:
-      make: number -> {name: array}; it and all that it holds can be pickled, and come from modules
-        that can be imported: the main module is not there in a worker.
+      make: make(number, allocate=f) is f({name: (shape, dtype)}), filled in.
+        It can be pickled with all that it holds, and comes from modules that can be imported: the
+        main module is not there in a worker.
       threads: in each process.
       ahead: finished batches that wait, of all processes together.
+    Raises:
+      InputError: something cannot be pickled.
     """
 
     def __init__(self, make, numbers, count, threads, ahead):
         self._processes, self._sockets, self._turn = [], [], 0
         # Before Python would join the workers at its exit, in case nobody has closed this.
         self._finalizer = util.Finalize(self, _end, (self._processes, self._sockets), exitpriority=10)
-        context = multiprocessing.get_context("spawn")
         with _starting():
             for i in range(count):
-                ours, theirs = socket.socketpair()
-                share = numbers[i::count]
-                process = context.Process(
-                    target=_work, args=(theirs, make, share, threads, max(1, ahead // count)), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._sockets.append(ours)
+                self._start(make, numbers[i::count], threads, max(1, ahead // count))
+
+    def _start(self, *arguments):
+        ours, theirs = socket.socketpair()
+        self._sockets.append(ours)
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, *arguments), daemon=True)
+        try:
+            process.start()
+        except Exception as error:  # whatever cannot be pickled says so in its own way
+            self.close()
+            raise InputError(
+                f"data workers: {error}; readers, tokenizers and captions must come from a module that can be "
+                "imported, not from the main script (data.workers=0 takes any)"
+            ) from error
+        finally:
+            theirs.close()
+        self._processes.append(process)
 
     def __iter__(self):
         return self
@@ -82,7 +96,9 @@ class Workers:
             self._turn += 1
             with contextlib.suppress(OSError):  # it died since; its next turn will tell
                 self._sockets[i].sendall(TAKEN)
-            return _unpack(*files)
+            batch = _arrays(*files)
+            os.close(*files)
+            return batch
         if kind == ERROR:
             with open(*files, "rb") as file:
                 raise RuntimeError(f"a data worker failed\n{file.read().decode()}")
@@ -141,10 +157,10 @@ def _work(theirs, make, numbers, threads, ahead):
     allowed = threading.Semaphore(ahead)
     threading.Thread(target=_listen, args=(theirs, allowed), daemon=True).start()
     try:
-        batches = in_threads(make, numbers, threads, 0)
+        batches = in_threads(functools.partial(make, allocate=Block), numbers, threads, 0)
         while True:
             allowed.acquire()
-            _send(theirs, BATCH, _pack(next(batches)))
+            _send(theirs, BATCH, next(batches).file)
     except BaseException:  # SystemExit too: grain's way would be to leave without a word
         _send(theirs, ERROR, _file(traceback.format_exc().encode()))
     os._exit(1)
@@ -186,37 +202,28 @@ def _file(content=b""):
     return file
 
 
-def _pack(batch):
-    """Descriptor of a file with the arrays: length of a JSON header, the header, aligned arrays."""
-    header = json.dumps([(name, array.dtype.str, array.shape) for name, array in batch.items()]).encode()
-    offsets, end = _offsets(8 + len(header), [array.nbytes for array in batch.values()])
-    file = _file()
-    os.ftruncate(file, end)
+class Block(dict):
+    """{name: array of 0} in an anonymous file, so that what is put into them is where it has to be.
+
+    The file begins with the length of a JSON header, 8 bytes, and the header, the layout.
+    """
+
+    def __init__(self, layout):
+        header = json.dumps([(name, np.dtype(kind).str, shape) for name, (shape, kind) in layout.items()]).encode()
+        self.file = _file(len(header).to_bytes(8, "little") + header)
+        super().__init__(_arrays(self.file))
+
+
+def _arrays(file):
+    """{name: array} of a Block's file; the memory is freed with the last of the arrays."""
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    places, end = [], 8 + length
+    for name, kind, shape in json.loads(os.pread(file, length, 8)):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + np.dtype(kind).itemsize * math.prod(shape)
+        places.append((name, kind, shape, start))
+    os.truncate(file, end)
     memory = mmap.mmap(file, end)
-    memory[: 8 + len(header)] = len(header).to_bytes(8, "little") + header
-    for array, offset in zip(batch.values(), offsets):
-        np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)[...] = array
-    return file
-
-
-def _unpack(file):
-    """{name: array} of `_pack`, in place; the memory is freed with the last of the arrays."""
-    memory = mmap.mmap(file, os.fstat(file).st_size)
-    os.close(file)
-    length = int.from_bytes(memory[:8], "little")
-    header = [(name, np.dtype(kind), shape) for name, kind, shape in json.loads(memory[8 : 8 + length])]
-    sizes = [int(np.prod(shape)) for _, _, shape in header]
-    offsets, _ = _offsets(8 + length, [kind.itemsize * size for (_, kind, _), size in zip(header, sizes)])
     return {
-        name: np.frombuffer(memory, kind, size, offset).reshape(shape)
-        for (name, kind, shape), size, offset in zip(header, sizes, offsets)
+        name: np.frombuffer(memory, kind, math.prod(shape), start).reshape(shape) for name, kind, shape, start in places
     }
-
-
-def _offsets(start, sizes):
-    """(where each of the arrays begins, the end of the last)."""
-    offsets = []
-    for size in sizes:
-        offsets.append(-(-start // ALIGNMENT) * ALIGNMENT)
-        start = offsets[-1] + size
-    return offsets, start

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sana_jax import ops
-from sana_jax.models.layers import rms_norm
+from sana_jax.models.layers import by_rows, rms_norm
 
 HIDDEN_LOGIT = -1e30  # finite: a query that sees nothing averages everything, as the peers' does
 
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        return rms_norm(x, 1.0 + scale.astype(jnp.float32), self.eps)
+        return by_rows(rms_norm(x, 1.0 + scale.astype(jnp.float32), self.eps))
 
 
 class Block(nn.Module):
@@ -124,13 +124,13 @@ class Block(nn.Module):
         visible = (distance >= 0) & (distance < window) & valid[:, None, :]
         x = attention(q, k, v, visible, self.query_scale**-0.5, self.attention_softcap)
         x = dense(d, name="out")(x.reshape(b, m, -1))
-        h = h + norm(name="post_attention_norm")(x)
+        h = by_rows(h + norm(name="post_attention_norm")(x))
 
         x = norm(name="mlp_norm")(h)
         gate, up = dense(self.hidden, name="gate")(x), dense(self.hidden, name="up")(x)
         x = nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)
         x = dense(d, name="down")(x.astype(up.dtype))
-        h = h + norm(name="post_mlp_norm")(x)
+        h = by_rows(h + norm(name="post_mlp_norm")(x))
 
         self.sow("intermediates", "absmax", jnp.max(jnp.abs(h.astype(jnp.float32))))
         return h, own
@@ -185,7 +185,7 @@ class Gemma2(nn.Module):
         embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
         # The factor is rounded like the hidden state that it makes, as it was in training.
         factor = jnp.asarray(self.width**0.5, self.dtype)
-        h = jnp.take(embedding, ids, axis=0).astype(self.dtype) * factor
+        h = by_rows(jnp.take(embedding, ids, axis=0).astype(self.dtype) * factor)
 
         length = 0 if prefix is None else prefix.keys.shape[2]
         before = jnp.ones((ids.shape[0], length), bool)

@@ -5,12 +5,13 @@ weight is cut as the weight is, and batches are cut along "data" and "fsdp" toge
 has its own rows, and those along "tensor" share theirs.
 """
 
+import collections
 import functools
 import math
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sana_jax import sharding
@@ -22,24 +23,6 @@ HOST_ONLY = ("bad",)  # entries of a batch that no device needs
 
 # What a factored second moment keeps of a weight -> the axis of the weight that it has not.
 FACTORS = {"row": -1, "col": -2}
-
-
-def mesh_sizes(mesh):
-    """{axis: devices} of an `experiment.Mesh` over all devices there are; -1 becomes what is left.
-
-    Raises InputError: what is given does not divide the number of devices.
-    """
-    sizes = {axis: getattr(mesh, axis) for axis in sharding.AXES}
-    given, devices = math.prod(size for size in sizes.values() if size != -1), jax.device_count()
-    if devices % given:
-        words = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise InputError(f"{words}: their product must divide the number of devices, {devices}")
-    return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
-
-
-def with_shardings(abstract, placed):
-    """A tree of shapes as a tree of jax.ShapeDtypeStruct that say where their arrays belong."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
 
 
 def mesh_sizes(sizes, devices=None):
@@ -64,7 +47,7 @@ def param_shardings(abstract_params, module, mesh):
     """
     flat = flatten_dict(abstract_params, sep="/")
     placed = sharding.shardings({path: a.shape for path, a in flat.items()}, sharding_table(module), mesh)
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), [placed[_path(p)] for p, _ in _leaves(abstract_params)])
+    return unflatten_dict(placed, sep="/")
 
 
 def state_shardings(abstract_state, module, mesh):
@@ -90,6 +73,11 @@ def state_shardings(abstract_state, module, mesh):
     if problems:
         raise ValueError("no parameter has the path and shape of these leaves of the state:\n  " + "\n  ".join(problems))
     return jax.tree.unflatten(jax.tree.structure(abstract_state), out)
+
+
+def with_shardings(abstract, shardings):
+    """A tree of shapes, each with its sharding: what compiling and restoring want to know."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
 def _leaves(tree):
@@ -150,29 +138,27 @@ def put_batch(batch, mesh):
     }
 
 
-def check_batch(batch, accumulate, mesh, hosts=None):
-    """Whether `batch` rows can be cut evenly; to be asked before any work.
+def check_batch(batch, accumulate, mesh):
+    """Whether a batch can be cut evenly; to be asked before any work.
 
     Args:
       batch: rows of one optimizer step, over all processes.
       accumulate: into how many parts a step cuts them.
-      hosts: processes that read data; None is all that jax knows.
-    Raises InputError: rows do not divide among devices, parts and processes, or the mesh gives two
-      processes the same rows.
+    Raises InputError: rows do not divide among devices and parts, or the mesh gives two processes the
+      same rows.
     """
-    hosts = jax.process_count() if hosts is None else hosts
-    shards = 1
-    for axis in ROWS:
-        shards *= mesh.shape.get(axis, 1)
-    if batch % (accumulate * shards):
-        step = accumulate * shards
-        near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+    step = accumulate * shards
+    if batch % step:
+        near = " or ".join(str(n) for n in (batch // step * step, (batch // step + 1) * step) if n)
         raise InputError(
-            f"data.batch={batch}: must be a multiple of optim.accumulate={accumulate} times the {shards} devices along "
-            f"data and fsdp, as {' or '.join(map(str, near))} are"
+            f"data.batch={batch}: must be a multiple of {step}, optim.accumulate={accumulate} times {shards} devices along "
+            f"data and fsdp; {near}"
         )
-    if batch % hosts or shards % hosts:
+    processes = [{device.process_index for device in row.flat} for row in mesh.devices.reshape(shards, -1)]
+    shares = collections.Counter(min(row) for row in processes)
+    if any(len(row) > 1 for row in processes) or len(set(shares.values())) > 1:
         raise InputError(
-            f"mesh data * fsdp={shards}: must be a multiple of the {hosts} processes, each of which reads its own rows; "
-            f"tensor={mesh.shape.get('tensor', 1)} is best kept within one"
+            f"mesh.tensor={mesh.shape.get('tensor', 1)}: spreads the same rows over several processes, each of which reads "
+            "rows of its own; it must divide the devices of one process"
         )

@@ -1,4 +1,4 @@
-"""What a run will need, in words, before its first step."""
+"""What a run needs of every device, in words, before its first step."""
 
 import math
 
@@ -10,32 +10,33 @@ GIB = 2**30
 FIELDS = {"params": "parameters", "ema": "their average", "opt_state": "the optimizer"}
 
 
-def memory_plan(state, shardings, mesh, compiled=None, step_flops=None):
+def memory_plan(state, shardings, mesh, compiled, step_flops=None):
     """Lines that say where the memory of a device goes and how much work a step is.
 
     Args:
       state: a TrainState of arrays or shapes.
       shardings: of its leaves, see `layout.state_shardings`.
-      compiled: the step, as jax.stages.Compiled; without it what a step itself needs is not known.
+      compiled: the step, as jax.stages.Compiled.
       step_flops: of one step on all devices together, see `flops.train_flops`.
     """
     device, count = mesh.devices.flat[0], mesh.devices.size
     numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    lines = [f"{numbers / 1e6:,.1f} M parameters on {count} x {device.device_kind} ({sizes})"]
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    lines = [f"{numbers / 1e6:,.1f} M parameters on {count} x {device.device_kind} ({axes})"]
+
     parts = {words: held(getattr(state, name), getattr(shardings, name)) for name, words in FIELDS.items()}
-    lines.append("memory of a device: " + ", ".join(f"{_gib(size)} for {words}" for words, size in parts.items() if size))
-    if compiled is not None and (analysis := compiled.memory_analysis()) is not None:
-        needed = step_bytes(analysis)
-        lines.append(f"  a step: {_gib(analysis.temp_size_in_bytes)} beside them and the batch, {_gib(needed)} in all")
-        limit = _limit(device, mesh)
-        if limit is not None:
-            verdict = "does not fit" if needed > limit else f"{needed / limit:.0%}"
-            lines.append(f"  of {_gib(limit)} that a device has: {verdict}")
+    analysis = compiled.memory_analysis()
+    needed = step_bytes(analysis)
+    parts["the batch and what is not trained"] = analysis.argument_size_in_bytes - sum(parts.values())
+    parts["the step itself"] = needed - analysis.argument_size_in_bytes
+    limit = memory_of(device, mesh)
+    verdict = "" if limit is None else f" of {_gib(limit)}{', more than there is' if needed > limit else ''}"
+    lines.append(f"memory of a device: {_gib(needed)}{verdict}")
+    lines.append("  " + ", ".join(f"{_gib(size)} {words}" for words, size in parts.items() if size > 0))
     if step_flops:
         best = flops.peak(device.device_kind)
-        least = f"; at least {step_flops / count / best * 1e3:,.0f} ms at the bfloat16 peak" if best else ""
-        lines.append(f"a step: {step_flops / 1e12:,.3g} TFLOP, without what is computed twice to save memory{least}")
+        least = f", {step_flops / count / best * 1e3:,.0f} ms at the bfloat16 peak" if best else ""
+        lines.append(f"a step: {step_flops / 1e12:,.4g} TFLOP{least}")
     return lines
 
 
@@ -51,15 +52,13 @@ def step_bytes(analysis):
     return inside + analysis.temp_size_in_bytes
 
 
-def _limit(device, mesh):
-    """Bytes that a device has: of a CPU's memory, its share."""
+def memory_of(device, mesh):
+    """Bytes of memory for a device, None where it does not say; CPU devices share what the host has."""
     if device.platform == "cpu":
         total = memory.host_memory()[0]
-        return None if total is None else total // len([d for d in mesh.devices.flat if d.process_index == device.process_index])
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # a device that only stands for one, see `aot`
-        return None
+        local = sum(d.process_index == device.process_index for d in mesh.devices.flat)
+        return None if total is None else total // local
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _gib(size):

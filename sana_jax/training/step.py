@@ -5,7 +5,6 @@ Shapes: b rows of the global batch, k microbatches.
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sana_jax.training.objectives.terms import Frozen
 from sana_jax.training.optimizer import merge, norm, split
@@ -62,7 +61,7 @@ def make_step(model, objective, tx, optim, frozen_modules, seed):
         grad_norm = norm(grads)
 
         updates, opt_state = tx.update(grads, state.opt_state, trained)
-        new = optax.apply_updates(trained, updates)
+        new = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype), trained, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(new)
         applied = finite & (total > 0)  # a batch of placeholders teaches nothing
 
@@ -72,7 +71,7 @@ def make_step(model, objective, tx, optim, frozen_modules, seed):
         params = merge(chosen(new, trained), frozen)
         ema = state.ema
         if ema is not None:
-            moved = jax.tree.map(lambda e, p: optim.ema * e + (1 - optim.ema) * p.astype(e.dtype), ema, params)
+            moved = jax.tree.map(lambda e, p: e + (1 - optim.ema) * (p - e), ema, params)
             ema = chosen(moved, ema)
         after = state.replace(
             step=state.step + 1,

@@ -37,6 +37,9 @@ SPARE = 1.3  # free space that must be there, in sizes of the state
 class SaveError(OSError):
     """A checkpoint that could not be written; the message names the path and the system's reason."""
 
+    def __str__(self):
+        return self.strerror  # which names the number, where there is one
+
 
 class Store:
     """The checkpoints of one run; all processes call the same methods in the same order.
@@ -56,6 +59,7 @@ class Store:
         self.keep_every = require_positive("checkpoint.keep_every", keep_every, none=True)
         self.stop_on_failure, self._log = stop_on_failure, log
         self._pending, self._newest = None, None  # the step that is being written, and the last saved or restored
+        self._unsaved = None  # why the last save failed
         problem = from_first(self._prepare)
         if problem:
             raise InputError(problem)
@@ -116,7 +120,7 @@ class Store:
         step = int(step)
         if not force and self.every and step % self.every:
             return False
-        self.wait()
+        self._settle()
         if step == self._newest:
             return False
         prints, bad = fingerprint(state)
@@ -147,12 +151,29 @@ class Store:
         except Exception as error:
             self._failed(error)
         if self._pending is not None and (self.directory / str(self._pending)).exists():
-            self._pending = None
+            self._pending, self._unsaved = None, None
             if jax.process_index() == 0:
                 self._tidying = self._tidier.submit(self._tidy)
 
     def wait(self):
-        """Waits until what was saved is on the disk, and what it replaces is gone.  Raises as `check`."""
+        """Waits until what was saved is on the disk, and what it replaces is gone.
+
+        Raises SaveError: the last save failed.  A run that ends must not seem to be saved, so this does
+        not ask for `stop_on_failure`.
+        """
+        self._settle()
+        if self._unsaved:
+            raise self._unsaved
+
+    def close(self):
+        """Lets a save that still runs end, then lets go of the threads.  Raises as `check`."""
+        try:
+            self._settle()
+        finally:
+            self._tidier.shutdown()
+            self._writer.close()
+
+    def _settle(self):
         try:
             self._writer.wait_until_finished()
         except Exception as error:
@@ -165,14 +186,6 @@ class Store:
             except OSError as error:  # the new step is safe, the old ones only too many
                 self._log(f"WARNING {self.directory}: old checkpoints were not removed ({error})")
 
-    def close(self):
-        """`wait`, then lets go of the threads.  Raises as `check`."""
-        try:
-            self.wait()
-        finally:
-            self._tidier.shutdown()
-            self._writer.close()
-
     def _failed(self, error):
         step, self._pending, self._newest = self._pending, None, None
         with contextlib.suppress(Exception):  # its thread ends; the error is the one in hand
@@ -181,8 +194,9 @@ class Store:
         number = _errno(error)
         reason = f"{os.strerror(number)}, errno {number}" if number else f"{type(error).__name__}: {one_line(error)}"
         message = f"{self.directory / str(step)}: this checkpoint could not be written ({reason}); the newest is {self.latest()}"
+        self._unsaved = SaveError(number, message)
         if self.stop_on_failure:
-            raise SaveError(number, message) from error
+            raise self._unsaved from error
         self._log(f"WARNING {message}; the run goes on")
 
     def _sweep(self, tries=50):
@@ -217,7 +231,7 @@ class Store:
           StructureError: the step holds other arrays, shapes or types; up to 20 are named.
           DamagedError: steps are there, or were set aside, and none can be used; each is named.
         """
-        self.wait()
+        self._settle()
         told = []
         while newest := from_first(lambda: "".join(map(str, self.steps()[-1:]))):
             step = int(newest)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sana_jax import ops
 from sana_jax.models.gemma2 import soft_cap
+from sana_jax.models.layers import by_rows
 from sana_jax.programs import apply
 from sana_jax.training.objectives.terms import Terms
 
@@ -29,7 +30,7 @@ class LanguageModel:
     def __call__(self, model, frozen, params, batch, keys):
         """Terms of a batch with ids, ids_mask [b m]; a row weighs as many tokens as it predicts."""
         ids, mask = batch["ids"], batch["ids_mask"]
-        states = apply(model, params, ids, mask)[:, :-1]
+        states = by_rows(apply(model, params, ids, mask)[:, :-1])
         nll, hit = token_scores(states, params["embedding"], ids[:, 1:])
         valid = mask[:, 1:].astype(jnp.float32)
         tokens = valid.sum(axis=1)

@@ -1,5 +1,6 @@
 """Pictures for tests: good ones of every kind, and files that are named as if they were."""
 
+import functools
 import io
 import struct
 import zlib
@@ -32,6 +33,7 @@ def png(width, height, body, crc=None):
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(body, 9)) + png_chunk(b"IEND", b"")
 
 
+@functools.cache
 def bomb():
     """About 0.4 MB that would be 400 million pixels."""
     squeeze, row = zlib.compressobj(9), bytes(20_001)
@@ -40,6 +42,7 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
 
 
+@functools.cache
 def bad_pictures():
     """{name: (bytes, the reason that they are bad, or None)}: two dozen files from the field."""
     image = scene(96, 64)

@@ -47,7 +47,9 @@ def test_without_scores_the_pictures_own_caption_is_taken(how, names, expected):
     np.testing.assert_array_equal(Captions(how).probabilities(names, {"other": 9.0}), expected)
 
 
-@pytest.mark.parametrize("captions", [Captions(), Captions("power", temperature=1.0), Captions("softmax", temperature=5.0)])
+@pytest.mark.parametrize(
+    "captions", [Captions(), Captions("power", temperature=1.0), Captions("softmax", temperature=5.0)]
+)
 def test_draws_follow_the_probabilities(captions):
     count, rng = 4000, np.random.default_rng(0)
     drawn = collections.Counter(captions.choose(RECORD, rng) for _ in range(count))
@@ -77,7 +79,15 @@ def test_the_largest_draw_is_a_caption_that_has_a_share():
 
 @pytest.mark.parametrize(
     "text, word",
-    [(b"x", "bytes"), (3, "int"), (None, "NoneType"), (["a"], "list"), ("a\0b", "NUL"), ("\udcff", "UTF-8"), ({"a": "b"}, "dict")],
+    [
+        (b"x", "bytes"),
+        (3, "int"),
+        (None, "NoneType"),
+        (["a"], "list"),
+        ("a\0b", "NUL"),
+        ("\udcff", "UTF-8"),
+        ({"a": "b"}, "dict"),
+    ],
 )
 def test_what_is_no_text_is_a_bad_record(text, word):
     record = RECORD._replace(captions={"prompt": "fine", "x": text})

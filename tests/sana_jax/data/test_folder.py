@@ -79,7 +79,9 @@ def test_the_documented_files(tmp_path):
 
 
 def test_a_side_file_belongs_to_the_longest_stem(tmp_path):
-    write(tmp_path, {"a.png": PNG, "a_b.png": PNG, "a_b.json": '{"prompt": "of a_b"}', "a_c.json": '{"a": {"c": "of a"}}'})
+    write(
+        tmp_path, {"a.png": PNG, "a_b.png": PNG, "a_b.json": '{"prompt": "of a_b"}', "a_c.json": '{"a": {"c": "of a"}}'}
+    )
     reader = Folder(str(tmp_path)).open()
     assert reader[0].captions == {"c": "of a"} and reader[1].captions == {"prompt": "of a_b"}
 
@@ -91,7 +93,10 @@ def test_other_keys_can_be_captions(tmp_path):
 
 def test_bad_pictures_keep_their_places(tmp_path):
     bad = bad_pictures()
-    write(tmp_path, {f"{i:02d}.png": data for i, (data, _) in enumerate(bad.values())} | {"good.png": PNG, "good.txt": "x"})
+    write(
+        tmp_path,
+        {f"{i:02d}.png": data for i, (data, _) in enumerate(bad.values())} | {"good.png": PNG, "good.txt": "x"},
+    )
     reader = Folder(str(tmp_path)).open()
     assert len(reader) == len(bad) + 1 and reader.sizes[-1].tolist() == [40, 24]
     for size, (name, (_, why)) in zip(reader.sizes, bad.items()):
@@ -167,7 +172,10 @@ def test_a_file_that_goes_away_is_a_bad_record(tmp_path):
 
 def test_features(tmp_path):
     latent, states = np.random.default_rng(0).normal(size=(2, 4, 6)).astype("f2"), np.ones((1, 5, 3), "f4")
-    write(tmp_path, {"a.png": PNG, "a.npy": npy(latent), "a.npz": npz(caption_feature=states, attention_mask=[[[1, 1, 1, 0, 0]]])})
+    write(
+        tmp_path,
+        {"a.png": PNG, "a.npy": npy(latent), "a.npz": npz(caption_feature=states, attention_mask=[[[1, 1, 1, 0, 0]]])},
+    )
     write(tmp_path, {"b.png": PNG, "b.npy": npy(latent[None].astype("f4")), "c.png": PNG})
     reader = Folder(str(tmp_path), features=True).open()
     assert reader.sizes.tolist() == [[192, 128], [192, 128], [0, 0]]
@@ -195,7 +203,10 @@ LATENT = npy(np.zeros((2, 4, 6), "f2"))
         {"a.npy": npy(np.zeros((2, 3)))},
         {"a.npy": npy(np.zeros((2, 2, 4, 6)))},
         {"a.npy": npy(np.array([[["x"]]]))},
-        {"a.npy": b"\x93NUMPY\x01\0v\0{'descr': '|O', 'fortran_order': False, 'shape': (1,1,1), }".ljust(128, b" ") + bytes(8)},
+        {
+            "a.npy": b"\x93NUMPY\x01\0v\0{'descr': '|O', 'fortran_order': False, 'shape': (1,1,1), }".ljust(128, b" ")
+            + bytes(8)
+        },
         {"a.npy": LATENT, "a.npz": b"PK\x03\x04 no zip"},
         {"a.npy": LATENT, "a.npz": npz(attention_mask=np.ones(3))},
         {"a.npy": LATENT, "a.npz": npz(caption_feature=np.ones((2, 3, 4)))},
@@ -211,7 +222,9 @@ def test_headers_are_read_once(tmp_path, index_folder, monkeypatch):
     write(tmp_path, {f"{name}.png": encoded(scene(40, 24 + i)) for i, name in enumerate("abc")})
     read = []
     real = folder_module._picture_size
-    monkeypatch.setattr(folder_module, "_picture_size", lambda path: (read.append(os.path.basename(path)), real(path))[1])
+    monkeypatch.setattr(
+        folder_module, "_picture_size", lambda path: (read.append(os.path.basename(path)), real(path))[1]
+    )
     first = Folder(str(tmp_path)).open()
     assert sorted(read) == ["a.png", "b.png", "c.png"]
     read.clear()
@@ -237,7 +250,16 @@ def test_the_fingerprint_is_of_the_contents_not_of_the_place(tmp_path):
     assert Folder(str(tmp_path / "x")).open().fingerprint() != two.fingerprint()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:50], lambda data: b"", lambda data: bytes(len(data)), lambda data: data[:-40]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:50],
+        lambda data: b"",
+        lambda data: bytes(len(data)),
+        lambda data: data[:-1],
+        lambda data: data[:-8] + bytes(8),
+    ],
+)
 def test_a_damaged_index_is_made_again(tmp_path, index_folder, damage, monkeypatch):
     write(tmp_path, {"a.png": PNG, "b.png": PNG})
     Folder(str(tmp_path)).open()
@@ -258,7 +280,9 @@ def test_readers_can_be_pickled(tmp_path):
     np.testing.assert_array_equal(copy.sizes, reader.sizes)
 
 
-@pytest.mark.parametrize("name, word", [("absent", "no such folder"), ("deep", "1 folders inside: recursive"), ("empty", "no .jpeg")])
+@pytest.mark.parametrize(
+    "name, word", [("absent", "no such folder"), ("deep", "1 folders inside: recursive"), ("empty", "no .jpeg")]
+)
 def test_nothing_to_read(tmp_path, name, word):
     write(tmp_path, {"deep/x/a.png": PNG, "empty/notes.md": "x"})
     with pytest.raises(InputError, match=word):

@@ -52,7 +52,9 @@ def test_the_three_formats(kind, most):
     near(images.decode(data, 64, 96), image, most)
 
 
-@pytest.mark.parametrize("options", [dict(progressive=True), dict(subsampling=0), dict(comment=b"x" * 60_000), dict(quality=30)])
+@pytest.mark.parametrize(
+    "options", [dict(progressive=True), dict(subsampling=0), dict(comment=b"x" * 60_000), dict(quality=30)]
+)
 def test_jpegs_of_all_kinds(options):
     image = scene(96, 64)
     data = encoded(image, "JPEG", **options)
@@ -60,7 +62,10 @@ def test_jpegs_of_all_kinds(options):
     near(images.decode(data, 64, 96), image, 6)
 
 
-@pytest.mark.parametrize("options, kind", [(dict(lossless=True), b"VP8L"), (dict(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"), b"VP8X"), ({}, b"VP8 ")])
+@pytest.mark.parametrize(
+    "options, kind",
+    [(dict(lossless=True), b"VP8L"), (dict(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"), b"VP8X"), ({}, b"VP8 ")],
+)
 def test_webps_of_all_kinds(options, kind):
     data = encoded(scene(96, 64), "WEBP", **options)
     assert data[12:16] == kind and images.header(data).shown == (96, 64)
@@ -73,7 +78,11 @@ def test_modes_become_rgb():
     near(images.decode(encoded(image.convert("CMYK"), "JPEG", quality=95), 64, 96), whole, 4)
     near(images.decode(encoded(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)), 64, 96), whole, 8)
     near(images.decode(encoded(image.convert("L")), 64, 96), np.stack([grey] * 3, -1), 1e-9)
-    near(images.decode(encoded(image.convert("1")), 64, 96), np.stack([np.asarray(image.convert("1")) * 255] * 3, -1), 1e-9)
+    near(
+        images.decode(encoded(image.convert("1")), 64, 96),
+        np.stack([np.asarray(image.convert("1")) * 255] * 3, -1),
+        1e-9,
+    )
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     near(images.decode(encoded(sixteen), 64, 96), np.stack([grey] * 3, -1), 1e-9)
 
@@ -97,7 +106,9 @@ def test_exif_turns(orientation, kind):
     steps = {1: [], 2: ["h"], 3: ["r2"], 4: ["v"], 5: ["r1", "v"], 6: ["r3"], 7: ["r3", "v"], 8: ["r1"]}[orientation]
     expected = scene(96, 64)
     for step in steps:
-        expected = {"h": lambda a: a[:, ::-1], "v": lambda a: a[::-1]}.get(step, lambda a: np.rot90(a, int(step[-1])))(expected)
+        expected = {"h": lambda a: a[:, ::-1], "v": lambda a: a[::-1]}.get(step, lambda a: np.rot90(a, int(step[-1])))(
+            expected
+        )
     height, width = expected.shape[:2]
     assert images.header(data).shown == (width, height)
     near(images.decode(data, height, width), expected, 2.5)
@@ -117,19 +128,28 @@ def test_the_middle_that_covers_the_size(width, height):
     scale = min(width, height) / 32
     left, top = (width - 32 * scale) / 2, (height - 32 * scale) / 2
     image = scene(width, height)
-    expected = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC, (left, top, left + 32 * scale, top + 32 * scale))
+    expected = Image.fromarray(image).resize(
+        (32, 32), Image.Resampling.BICUBIC, (left, top, left + 32 * scale, top + 32 * scale)
+    )
     np.testing.assert_array_equal(images.decode(encoded(image), 32, 32), np.asarray(expected))
 
 
 def test_small_pictures_grow():
-    near(images.decode(encoded(scene(16, 16)), 64, 64), np.asarray(Image.fromarray(scene(16, 16)).resize((64, 64), Image.Resampling.BICUBIC)), 1e-9)
+    near(
+        images.decode(encoded(scene(16, 16)), 64, 64),
+        np.asarray(Image.fromarray(scene(16, 16)).resize((64, 64), Image.Resampling.BICUBIC)),
+        1e-9,
+    )
 
 
 @pytest.mark.parametrize("side, expected", [(1024, "BICUBIC"), (2048, "LANCZOS")])
 def test_the_filter_of_2k(side, expected):
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("BICUBIC", "LANCZOS"):
-        same = np.array_equal(images.decode(encoded(image), side, side), np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling[name])))
+        same = np.array_equal(
+            images.decode(encoded(image), side, side),
+            np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling[name])),
+        )
         assert same == (name == expected)
 
 

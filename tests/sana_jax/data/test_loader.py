@@ -126,7 +126,7 @@ def test_batches_of_one_shape_in_buckets():
     assert seen == {i: 8 for i in range(40)}
     assert shapes == {(352, 704): 20, (512, 512): 16, (864, 288): 4}
     with Loader(reader, Data(**data)) as loader:
-        assert sorted(loader.shapes) == sorted(shapes)
+        assert sorted(loader.layouts) == sorted(shapes)
 
 
 def test_buckets_on_hosts_agree():
@@ -151,6 +151,14 @@ def test_one_of_several_captions_by_seed_and_position():
     assert any(len(kinds) > 1 for kinds in chosen.values()), "the same caption in every epoch"
     only = batches(2, captions=Captions(how="first"), **run)
     assert {text.split()[0] for b in only for text in words(b["ids"])} == {"prompt"}
+
+
+@pytest.mark.parametrize("kind, tokenize", [("latent", None), ("image", Words())])
+def test_layouts_tell_beforehand(kind, tokenize):
+    with Loader(Reader(kind=kind), Data(), tokenize=tokenize, host=1, hosts=3) as loader:
+        batch = next(loader)
+        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == loader.layouts[64, 64]
+        assert loader.names == batch.keys()
 
 
 def test_counts_and_where():

@@ -1,0 +1,199 @@
+"""What would be trained on, and what is wrong with it.
+
+    python -m sana_jax.data.check DIR|CONFIG [field=value ...]
+
+Reads every record of a folder (pictures, tars, shards or features) or of an experiment's data as
+training would, pictures decoded and captions chosen, and prints counts, sizes of batches, captions,
+and every kind of problem with examples.  Exit status: 0 nothing is wrong, 1 something is, 2 bad input.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import sys
+
+import numpy as np
+import tqdm
+
+from sana_jax.data import buckets, images
+from sana_jax.data.assemble import finite, read_one
+from sana_jax.data.captions import Captions, usable
+from sana_jax.data.records import BadRecord
+from sana_jax.data.sources import guess
+from sana_jax.errors import InputError
+
+EXAMPLES = 3  # of each problem
+WINDOW = 4096  # records on their way at a time
+
+
+@dataclasses.dataclass
+class Findings:
+    """counts: of records by what they have.  captions, scores: of each captioner.  shapes: good records
+    by (height, width).  bad: {reason: [count, examples]}.  notes: of the source as a whole."""
+
+    records: int = 0
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    captions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    lengths: dict = dataclasses.field(default_factory=dict)
+    scores: dict = dataclasses.field(default_factory=dict)
+    shapes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    bad: dict = dataclasses.field(default_factory=dict)
+    notes: list = dataclasses.field(default_factory=list)
+
+    @property
+    def wrong(self):
+        return bool(self.bad or self.notes)
+
+
+def check(reader, *, size=512, aspect=True, captions=Captions(), texts=True, pixels=True, threads=None):
+    """Looks at every record of a reader; returns `Findings`.
+
+    Args:
+      size, aspect: as `Data.size` and `Data.buckets`.
+      captions: a record must have one that this can choose, where `texts`.
+      pixels: decode pictures, instead of reading their headers only.
+    """
+    found, shapes = Findings(records=len(reader)), buckets.shapes(size, aspect)
+    sizes = reader.sizes
+    places = buckets.assign(sizes, size) if aspect else np.zeros(len(sizes), int)
+
+    def look(row):
+        record = read_one(reader, row)
+        if isinstance(record, BadRecord):
+            return record
+        try:
+            return _look(record, shapes[places[row]], captions if texts else None, pixels)
+        except BadRecord as bad:
+            return bad
+        except Exception as error:
+            return BadRecord("error", f"{type(error).__name__}: {error}")
+
+    threads = threads or min(32, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        progress = tqdm.tqdm(total=len(reader), unit=" records", disable=None, leave=False)
+        for start in range(0, len(reader), WINDOW):
+            rows = range(start, min(start + WINDOW, len(reader)))
+            for row, seen in zip(rows, pool.map(look, rows)):
+                _note(found, reader, row, seen, shapes[places[row]])
+                progress.update()
+        progress.close()
+    notes = getattr(reader, "notes", {})
+    found.notes = [*notes.get("damage", ()), *notes.get("refused", ())]
+    return found
+
+
+def _look(record, shape, captions, pixels):
+    """(what it has, {captioner: characters}, {captioner: score}).  Raises BadRecord."""
+    has = {name for name, array in record.arrays.items() if array is not None}
+    if record.image is not None:
+        has.add("picture")
+        if pixels:
+            images.decode(record.image, *shape)
+        else:
+            images.header(record.image)
+    for name in has & {"latent", "states"}:
+        if not finite(record.arrays[name]):
+            raise BadRecord("features", f"{name} is not finite")
+    lengths = {}
+    if captions is not None and "states" not in has:
+        lengths = {name: len(text) for name, text in usable(record).items()}
+        captions.choose(record, np.random.default_rng(0))
+    return has, lengths, record.scores
+
+
+def _note(found, reader, row, seen, shape):
+    if isinstance(seen, BadRecord):
+        entry = found.bad.setdefault(seen.reason, [0, []])
+        entry[0] += 1
+        if len(entry[1]) < EXAMPLES:
+            entry[1].append(f"{reader.key(row)}: {seen}")
+        return
+    has, lengths, scores = seen
+    found.counts.update(has)
+    found.shapes[shape] += 1
+    for name, length in lengths.items():
+        found.captions[name] += 1
+        found.lengths[name] = found.lengths.get(name, 0) + length
+    for name, score in scores.items():
+        low, high = found.scores.get(name, (score, score))
+        found.scores[name] = min(low, score), max(high, score)
+
+
+def report(found):
+    """The findings as lines of text."""
+    good = sum(found.shapes.values())
+    lines = [f"{found.records} records, {good} can be trained on"]
+    lines += [f"  {count} with {name}" for name, count in sorted(found.counts.items())]
+    for name, count in found.captions.most_common():
+        line = f"  {count} captions {name!r}, {found.lengths[name] / count:.0f} characters on average"
+        low, high = found.scores.get(name, (None, None))
+        lines.append(line + (f", scores {low:g} to {high:g}" if low is not None else ""))
+    lines.append("batches (height x width):")
+    lines += [f"  {height} x {width}: {count}" for (height, width), count in sorted(found.shapes.items())]
+    for reason, (count, examples) in sorted(found.bad.items()):
+        lines += [f"{count} bad records, {reason}, such as", *(f"  {example}" for example in examples)]
+    if found.notes:
+        lines += [f"{len(found.notes)} problems of files", *(f"  {note}" for note in found.notes[: 10 * EXAMPLES])]
+    lines.append("something is wrong" if found.wrong else "nothing is wrong")
+    return lines
+
+
+def _open(options, overrides):
+    """(reader, arguments of `check`) for a folder or a config."""
+    if not options.what.endswith(".py"):
+        if overrides:
+            raise InputError(f"{overrides[0]}: only a CONFIG has fields")
+        source = guess(options.what)
+        if hasattr(source, "allow_damaged"):
+            source = dataclasses.replace(source, allow_damaged=True)  # the damage is reported
+        return source.open(), dict(size=options.size, aspect=not options.square, texts=options.texts)
+    from sana_jax import experiment
+
+    config = experiment.load(options.what, overrides)
+    if config.stages:
+        raise InputError(
+            f"{options.what}: has stages; stage=NAME takes one of {', '.join(s.name for s in config.stages)}"
+        )
+    data, reads = config.data, config.objective.reads
+    source = (
+        dataclasses.replace(data.source, allow_damaged=True) if hasattr(data.source, "allow_damaged") else data.source
+    )
+    captions = data.captions or Captions()
+    return source.open(), dict(size=data.size, aspect=data.buckets, captions=captions, texts="texts" in reads)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m sana_jax.data.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", metavar="DIR|CONFIG", help="a folder or file of data, or an experiment")
+    parser.add_argument("--size", type=int, default=512, help="of a folder: pixels of a side (512)")
+    parser.add_argument("--square", action="store_true", help="of a folder: squares, not aspect ratios")
+    parser.add_argument(
+        "--no-captions", dest="texts", action="store_false", help="of a folder: pictures need no captions"
+    )
+    parser.add_argument("--headers", action="store_true", help="do not decode pictures, which is most of the time")
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        reader, how = _open(options, overrides)
+        found = check(reader, pixels=not options.headers, **how)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        shapes = {f"{height}x{width}": count for (height, width), count in found.shapes.items()}
+        print(json.dumps(vars(found) | {"shapes": shapes}, indent=2, sort_keys=True))
+    else:
+        print("\n".join(report(found)))
+    return 1 if found.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What a long run must not gather: memory, arrays on the device, programs, processes, shared memory."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tests.chaos.runs import Run, patiently, shared_memory
+
+STEPS, WARM = (int(n) for n in os.environ.get("SANA_JAX_LEAK_STEPS", "900,300").split(","))
+LIMIT = 5e6  # bytes in 1000 steps
+
+
+def measure(folder, cache, *overrides):
+    """(bytes in 1000 steps, live arrays at each step, compilations so far) behind the warm-up."""
+    settings = ("log.every=50", "checkpoint.every=150", f"steps={STEPS}", *overrides)
+    run = Run(folder, cache, *settings, script=("-m", "tests.chaos.faults", "probe"))
+    run.finish()
+    (line,) = [line for line in run.log().read_text().splitlines() if line.startswith("PROBE ")]
+    memory, arrays, compiled = np.array(json.loads(line.removeprefix("PROBE "))[WARM:]).T
+    slope = np.polyfit(np.arange(memory.size), memory, 1)[0] * 1000
+    assert run.orphans() == []
+    return slope, arrays, compiled
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_grows(tmp_path, cache, workers):
+    before = shared_memory()
+    slope, arrays, compiled = measure(tmp_path / "run", cache, f"data.workers={workers}")
+    assert slope < LIMIT, slope
+    assert arrays.max() <= arrays[:50].max(), (arrays[:50].max(), arrays.max())
+    assert compiled[0] == compiled[-1]
+    assert patiently(lambda: shared_memory() - before, 10) == set()
+    print(f"{workers} workers: {slope / 1e6:.2f} MB in 1000 steps")
+
+
+def test_a_leak_would_be_seen(tmp_path, cache):
+    """The control: a reader that keeps 4 KB of every record it reads."""
+    slope, _, _ = measure(tmp_path / "run", cache, "data.source.leak=4096")
+    assert slope > 2 * LIMIT, slope
