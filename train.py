@@ -144,11 +144,11 @@ def train(config, preemption):
             if force or done % config.checkpoint.every == 0:
                 report(lagged.drain())
                 with clocks.apart("checkpoint"):
-                    if store.save(done, state, {"samples": loader.samples}, force=True):
+                    if store.save(done, state, {"samples": first + taken * config.data.batch}, force=True):
                         metrics.event("save", step=done)
 
         # ---- the loop -------------------------------------------------------------------------------
-        taken, requested = 0, False
+        taken, requested, first = 0, False, loader.samples  # of which a batch may be read and not yet taken
         with Watchdog(config.reliability.hang_seconds) as watchdog:
             while start + taken < config.steps and not requested:
                 with clocks.apart("data"):

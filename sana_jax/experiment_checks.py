@@ -115,16 +115,13 @@ def _batch(config):
     sizes += [config.preview.size] if config.preview.size else []
     for name, size in zip(("data.size", "preview.size"), sizes):
         if size % step:
-            yield f"{name}={size}: must be a multiple of {step}, the pixels of a latent; nearest {_multiple(size, step)}"
+            near = max(step, round(size / step) * step)
+            yield f"{name}={size}: must be a multiple of {step}, the pixels of a latent; nearest {near}"
     if data.buckets and data.size not in BUCKETED:
         yield (
             f"data.buckets=True: aspect ratios are published for data.size of {', '.join(map(str, BUCKETED))}, "
             f"not {data.size}; data.buckets=false takes squares"
         )
-
-
-def _multiple(size, step):
-    return max(step, round(size / step) * step)
 
 
 def _model(config):
@@ -186,7 +183,8 @@ def _needs(config):
     """The networks that are not trained, where it is certain that they are needed."""
     if not isinstance(config.objective, Flow):
         return
-    live = isinstance(config.data.source, (Folder, Tar, Synthetic)) and not getattr(config.data.source, "features", False)
+    source = config.data.source
+    live = isinstance(source, (Folder, Tar, Synthetic)) and not getattr(source, "features", False)
     seen = config.preview.every > 0
     needs = {"dc_ae": (live, seen), "text": (live, seen and config.preview.prompts)}
     for name, (data, preview) in needs.items():
@@ -196,11 +194,13 @@ def _needs(config):
 
 
 def _files(config, run, earlier):
-    models = {"init.weights": config.init.weights, "frozen.dc_ae": config.frozen.dc_ae, "frozen.text": config.frozen.text}
+    frozen = config.frozen
+    models = {"init.weights": config.init.weights, "frozen.dc_ae": frozen.dc_ae, "frozen.text": frozen.text}
     for name, text in models.items():
         if text.startswith(STAGE):
             if text.removeprefix(STAGE) not in earlier:
-                yield f"{name}={text!r}: must name one of the stages before this one, {', '.join(earlier) or 'of which there is none'}"
+                words = ", ".join(earlier) or "of which there is none"
+                yield f"{name}={text!r}: must name one of the stages before this one, {words}"
         elif run and text and not pathlib.Path(text).exists():
             try:
                 names.parse(text)

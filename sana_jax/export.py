@@ -71,9 +71,10 @@ def _pipeline(run, sana, shift, dtype):
     for name in ("dc_ae", "text"):
         if not getattr(run.frozen, name):
             raise InputError(f"frozen.{name}: the run names none; --{name.replace('_', '-')} says which goes with it")
-    dc_ae, gemma2 = (_cast(*_read(getattr(run.frozen, name), cls), dtype) for name, cls in (("dc_ae", DCAE), ("text", Gemma2)))
-    tokenizer = load_tokenizer(frozen.tokenizer_folder(run))
-    return Pipeline(sana, dc_ae, TextEncoder(*gemma2, tokenizer, frozen.instruction(run)), stack=NVLABS, flow_shift=shift)
+    dc_ae = _cast(*_read(run.frozen.dc_ae, DCAE), dtype)
+    gemma2 = _cast(*_read(run.frozen.text, Gemma2), dtype)
+    encoder = TextEncoder(*gemma2, load_tokenizer(frozen.tokenizer_folder(run)), frozen.instruction(run))
+    return Pipeline(sana, dc_ae, encoder, stack=NVLABS, flow_shift=shift)
 
 
 def _read(source, cls):

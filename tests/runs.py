@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 import jax
+import numpy as np
 
 from sana_jax.checkpoints.write import write_json
 from sana_jax.data.synthetic import Synthetic
@@ -12,7 +13,7 @@ from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
 from sana_jax.stacks import NVLABS
-from sana_jax.training import optimizer
+from sana_jax.training import initialise, optimizer
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
 from sana_jax.training.state import create
 from sana_jax.training.store import Store
@@ -32,11 +33,10 @@ OBJECTIVES = {Sana: Flow(shift=2.0, scaling_factor=0.5), DCAE: Autoencoder(), Ge
 
 @functools.cache
 def random_params(model, seed=0):
-    """Every leaf N(0, 0.3): zeros and ones would hide mistakes."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    draw = jax.jit(lambda key: [0.3 * jax.random.normal(jax.random.fold_in(key, i), a.shape) for i, a in enumerate(leaves)])
-    return jax.tree.unflatten(tree, draw(jax.random.key(seed)))
+    """Every leaf N(0, 0.3), host arrays: zeros and ones would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    shapes = initialise.abstract(model)
+    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 def make_run(folder, model, steps=(3,), ema=None, frozen=Frozen()):
@@ -48,7 +48,7 @@ def make_run(folder, model, steps=(3,), ema=None, frozen=Frozen()):
     )  # fmt: skip
     store = Store(pathlib.Path(folder) / "checkpoints", keep=len(steps))
     for step in steps:
-        params = random_params(model, step)
+        params = jax.tree.map(jax.numpy.asarray, random_params(model, step))
         tx = optimizer.make(config.optim, config.steps, config.data.batch, params)
         state = create(params, tx, ema)
         if ema is not None:

@@ -93,7 +93,7 @@ def _paths(model):
 
 
 def test_overrides_of_a_real_one():
-    config = load("sana_1600m_512", "model.depth=2", "data.batch=8", "optim.lr=2e-5", "mesh.fsdp=8", "model.remat=products")
+    config = load("sana_1600m_512", "model.depth=2", "data.batch=8", "optim.lr=2e-5", "mesh.fsdp=8")
     assert dataclasses.replace(config, model=None) == dataclasses.replace(
         load("sana_1600m_512"),
         model=None,

@@ -79,7 +79,7 @@ def unpack(data):
         header = json.loads(data[8:start])
         arrays = {name: _view(data, start, *told) for name, told in header["arrays"].items()}
         image = header["image"] and data[start + header["image"][0] :][: header["image"][1]]
-        record = Record(header["key"], image, header["captions"], header["scores"], arrays)
+        record = Record(header["key"], image, dict(header["captions"].items()), dict(header["scores"].items()), arrays)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise BadRecord("damaged", f"{type(error).__name__}: {error}") from None
     if header.get("bad"):

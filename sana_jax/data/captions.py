@@ -45,7 +45,8 @@ class Captions:
         pairs = [p for p in self.proportion if len(p) == 2 and isinstance(p[0], str) and p[1] > 0]
         if len(pairs) != len(self.proportion) or (self.how == "proportion") != bool(pairs):
             raise InputError(
-                f'captions.proportion={self.proportion!r}: must be pairs of a name and a positive share, for how="proportion" only'
+                f"captions.proportion={self.proportion!r}: must be pairs of a name and a positive share, and be given "
+                'with how="proportion" only'
             )
 
     def choose(self, record, rng):

@@ -78,6 +78,8 @@ class Workers:
             process.start()
         except Exception as error:  # whatever cannot be pickled says so in its own way
             self.close()
+            if isinstance(error, (OSError, RuntimeError)):
+                raise
             raise InputError(
                 f"data workers: {error}; readers, tokenizers and captions must come from a module that can be "
                 "imported, not from the main script (data.workers=0 takes any)"

@@ -26,8 +26,8 @@ def named_leaves(tree):
 
 
 def _sums(x):
-    """uint32 [3]: the two sums, and 1 if every number is finite."""
-    finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
+    """uint32 [3]: the two sums, and how many numbers are not finite."""
+    infinite = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     words = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros(words.shape, jnp.uint32)
@@ -37,33 +37,34 @@ def _sums(x):
     place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA77)
     first = place << 1 | jnp.uint32(1)
     second = (place ^ jnp.uint32(0x5BD1E995)) * jnp.uint32(0xC2B2AE3D) | jnp.uint32(1)
-    sums = (jnp.sum(words * weight, dtype=jnp.uint32) for weight in (first, second))
-    return jnp.stack([*sums, finite.astype(jnp.uint32)])
+    return jnp.stack([jnp.sum(n, dtype=jnp.uint32) for n in (words * first, words * second, infinite)])
 
 
 @functools.cache
 def _program(sharding):
-    return jax.jit(_sums, out_shardings=sharding)  # replicated, or a process could not read it
-
-
-def _everywhere(leaf):
-    sharding = getattr(leaf, "sharding", None)
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    """Leaves -> uint32 [leaves 3].  Replicated, or a process could not read it."""
+    return jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]), out_shardings=sharding)
 
 
 def fingerprint(tree):
     """({name: [sum, sum, dtype, shape]}, names of the arrays that hold NaN or infinity), JSON-ready.
 
-    One small program for each shape, not one for the tree: hundreds of leaves share few shapes.  All
-    processes must call it together if an array spans them.
+    Arrays on devices go through one program, which all processes must call together.  (One for each
+    leaf would be smaller to compile, but their collectives may meet in another order elsewhere, and
+    wait for each other for ever.)  Arrays of the host go one by one: a device may not hold them all.
     """
-    leaves = named_leaves(tree)
-    sums = jax.device_get([_program(_everywhere(leaf))(leaf) for _, leaf in leaves])
+    names, leaves = zip(*named_leaves(tree)) if jax.tree.leaves(tree) else ((), ())
+    if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+        sums = [np.asarray(_program(None)([leaf]))[0] for leaf in leaves]
+    else:
+        meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
+        everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+        sums = np.asarray(_program(everywhere)(list(leaves)))
     prints = {
         name: [int(found[0]), int(found[1]), *describe(leaf)]
-        for (name, leaf), found in zip(leaves, sums, strict=True)
+        for name, leaf, found in zip(names, leaves, sums, strict=True)
     }
-    return prints, [name for (name, _), found in zip(leaves, sums, strict=True) if not found[2]]
+    return prints, [name for name, found in zip(names, sums, strict=True) if found[2]]
 
 
 def describe(leaf):

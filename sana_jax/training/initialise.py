@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax import components, overrides, precision
+from sana_jax import components, overrides
 from sana_jax.checkpoints.read import read_json
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.hub.download import find_model
@@ -74,7 +74,7 @@ def _random(model, mesh, seed):
 def require_same(wanted, found, source):
     """Raises CheckpointError unless both {path: shape} are the same; it lists everything."""
     problems = [
-        f"{path}: {'absent' if path not in found else found[path]}, the model has {wanted.get(path, 'no such parameter')}"
+        f"{path}: {found.get(path, 'absent')}, the model has {wanted.get(path, 'no such parameter')}"
         for path in sorted(wanted.keys() | found.keys())
         if wanted.get(path) != found.get(path)
     ]
@@ -146,7 +146,9 @@ def open_weights(source, cls, ema=True, **fields):
         module = run_model(source)
         if not isinstance(module, cls):
             raise InputError(f"{source}: is a run of a {type(module).__name__}, needed is a {cls.__name__}")
-        module = module.clone(**{name: precision.parse(value) if "dtype" in name else value for name, value in fields.items()})
+        module, problems = overrides.override(module, fields)
+        if problems:
+            raise InputError("; ".join(problems))
         return module, lambda mesh: _place(read_run(source, ema), module, mesh)
     path = pathlib.Path(find_model(source, part=part))
     prepared = prepare(path / part if (path / part).is_dir() else path, **fields)

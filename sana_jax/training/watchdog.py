@@ -18,7 +18,7 @@ class Watchdog:
                 step()
                 watchdog.beat()
 
-    Counts from the first beat on.  A thread of Python keeps watch; should that one be stopped too,
+    Counts from the beginning.  A thread of Python keeps watch; should that one be stopped too,
     because something holds the interpreter's lock, faulthandler's own thread prints and exits (code 1)
     after three times `seconds`.  None or 0 seconds: no watch.
     """
@@ -30,6 +30,7 @@ class Watchdog:
 
     def __enter__(self):
         if self.seconds:
+            self.beat()
             self._arm()
             self._thread.start()
         return self

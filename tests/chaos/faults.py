@@ -16,7 +16,7 @@ COMPILING = "a compilation that takes long"
 
 
 def slow_compile():
-    """The second shape of batch, or the first of a run, compiles for ten minutes; the file `compiling` says when."""
+    """The program of a step compiles for ten minutes."""
     original = jax.stages.Lowered.compile
 
     def compile(self, *args, **kwargs):
@@ -28,12 +28,12 @@ def slow_compile():
 
 
 def small_files():
-    """No file may have more than 16 KiB: what a full disk is to a checkpoint, but not to a log."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, resource.RLIM_INFINITY))
+    """No file may have more than 128 KiB: what a full disk is to a checkpoint, but not to a log."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 << 10, resource.RLIM_INFINITY))
 
 
 def probe():
-    """At every step: resident memory, live arrays, compilations so far, into probe.json of the working folder."""
+    """Resident memory, live arrays and compilations so far of every step, in a line at the end."""
     rows, compiled, original = [], compile_cache.count_seconds(), Watchdog.beat
     page = os.sysconf("SC_PAGE_SIZE")
 

@@ -16,7 +16,6 @@ class Latents:
     """`records` latents [side side 4] and states [2..tokens 8], a function of the record's number.
 
     bad_every: every so many records one is bad.
-    poison: a record with values that overflow in the loss, -1 for none; all from there on if `poison_all`.
     stuck_at: reading this record never ends, -1 for none.
     leak: bytes kept of every record that is read.
     """
@@ -25,8 +24,6 @@ class Latents:
     side: int = 2
     tokens: int = 4
     bad_every: int = 13
-    poison: int = -1
-    poison_all: bool = False
     stuck_at: int = -1
     leak: int = 0
 
@@ -40,7 +37,6 @@ class Reader:
     def __init__(self, source):
         self.source = source
         self.null = np.zeros((source.tokens, 8), np.float16)
-        self.null_states = self.null
         self.kept = []
 
     def __len__(self):
@@ -66,7 +62,5 @@ class Reader:
             self.kept.append(np.ones(source.leak, np.uint8))
         rng = np.random.default_rng(i)
         latent = rng.normal(size=(source.side, source.side, 4)).astype(np.float32)
-        if i == source.poison or (source.poison_all and i >= source.poison >= 0):
-            latent[:] = 1e30  # finite where it is checked, infinite once it is squared
         states = rng.normal(size=(rng.integers(2, source.tokens + 1), 8)).astype(np.float16)
         return Record(f"latent-{i}", arrays={"latent": latent, "states": states})

@@ -25,10 +25,12 @@ class Run:
       overrides: of the experiment, such as "data.workers=2".
       processes, devices: of the job, and CPU devices of each process.
       script: in place of train.py, such as ("-m", "tests.chaos.faults", "slow_compile").
+      outputs: where to keep what the processes say, the run folder if left out.
     """
 
-    def __init__(self, folder, cache, *overrides, processes=1, devices=1, script=("train.py",)):
+    def __init__(self, folder, cache, *overrides, processes=1, devices=1, script=("train.py",), outputs=None):
         self.folder, self.cache, self.overrides = pathlib.Path(folder), cache, overrides
+        self.outputs = pathlib.Path(outputs or folder)
         self.count, self.devices, self.script = processes, devices, script
         self.processes, self.mark = [], uuid.uuid4().hex
 
@@ -46,7 +48,7 @@ class Run:
             MARK: self.mark,
         }
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.outputs.mkdir(parents=True, exist_ok=True)
         self.processes = []
         for i in range(self.count):
             mine = [f"distributed.process={i}"] if self.count > 1 else []
@@ -61,11 +63,11 @@ class Run:
 
     def log(self, process=0):
         """The file with what a process of the last start said."""
-        return self.folder / f"output-{process}.txt"
+        return self.outputs / f"output-{process}.txt"
 
     def said(self):
         """What all processes of the last start said."""
-        return "\n".join(self.log(i).read_text(errors="replace")[-8000:] for i in range(self.count))
+        return "\n".join(self.log(i).read_text(errors="replace") for i in range(self.count))
 
     def wait(self, seconds=PATIENCE):
         """Exit codes of all processes."""
@@ -74,8 +76,9 @@ class Run:
 
     def finish(self, *overrides):
         """Starts, and waits for a good end; returns self."""
-        codes = self.start(*overrides).wait()
-        assert codes == [0] * self.count, f"exit codes {codes}\n{self.said()}"
+        with self.start(*overrides):
+            codes = self.wait()
+            assert codes == [0] * self.count, f"exit codes {codes}\n{self.said()}"
         return self
 
     def until(self, true, what):

@@ -11,7 +11,7 @@ import pytest
 from tests.chaos import faults, tiny
 from tests.chaos.runs import PATIENCE, Run, assert_same, patiently, shared_memory
 
-KILLS = int(os.environ.get("SANA_JAX_KILLS", 7))  # .ci/nightly asks for more
+KILLS = int(os.environ.get("SANA_JAX_KILLS", 8))  # .ci/nightly asks for more
 EVERY, STEPS = tiny.config.checkpoint.every, tiny.config.steps
 
 
@@ -44,7 +44,7 @@ def test_kill_9_at_random_moments(tmp_path, cache, alone):
         shutil.rmtree(run.folder)
     assert patiently(lambda: shared_memory() - before, 10) == set()
     assert max(lost) <= 2 * EVERY, lost  # of the last interval, and of one whose checkpoint was on its way
-    assert min(restarts) < 10, restarts
+    assert min(restarts) < 60, restarts  # two or three on an idle machine
     print(f"{kills} kills, steps lost {lost}, seconds to the first step {[round(s, 1) for s in restarts]}")
 
 
@@ -85,22 +85,8 @@ def test_a_signal_while_a_program_compiles(tmp_path, cache, alone):
     assert_same(Run(first.folder, cache).finish(), alone)
 
 
-def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, cache, alone):
-    first, second = Run(tmp_path / "run", cache), Run(tmp_path / "run", cache)
-    second.log = lambda process=0: tmp_path / "second.txt"
-    with first.start():
-        first.until_step(5)
-        first.send(signal.SIGSTOP)  # so that it cannot be done before the second asks
-        with second.start():
-            assert second.wait() == [2]
-            assert f"another job holds it (pid {first.processes[0].pid} on host " in second.said()
-        first.send(signal.SIGCONT)
-        assert first.wait() == [0], first.said()
-    assert_same(first, alone)
-
-
 def test_a_hang_is_shown_and_ends_with_5(tmp_path, cache):
-    run = Run(tmp_path / "run", cache, "data.source.stuck_at=17", "reliability.hang_seconds=1.5", "data.workers=0")
+    run = Run(tmp_path / "run", cache, "data.source.stuck_at=17", "reliability.hang_seconds=1.5")
     for workers in (0, 1):
         with run.start(f"data.workers={workers}"):
             assert run.wait() == [5], run.said()
@@ -121,23 +107,22 @@ def test_a_damaged_compile_cache_costs_only_time(tmp_path, cache, alone):
     assert run.lines() == alone.lines()[:12]
 
 
-def test_a_full_disk_does_not_end_the_run_but_is_no_good_end(tmp_path, cache, alone):
-    run = Run(tmp_path / "run", cache, "steps=12", script=("-m", "tests.chaos.faults", "small_files"))
+def test_a_full_disk_does_not_stop_the_run_but_is_no_good_end(tmp_path, cache, alone):
+    run = Run(tmp_path / "run", cache, "steps=6", script=("-m", "tests.chaos.faults", "small_files"))
     with run.start():
         assert run.wait() == [1]
-        said = run.said()
-        assert "checkpoints/3: this checkpoint could not be written (File too large, errno 27)" in said
-        assert run.lines() == alone.lines()[:12] and not run.events("done")
-        assert run.checkpoints() == [] and os.listdir(run.folder / "checkpoints") == []
-    stops = Run(tmp_path / "stops", cache, "reliability.stop_on_failed_save=true", script=run.script)
-    with stops.start():
-        assert stops.wait() == [1]
-        assert stops.step() < 12
+    assert run.lines() == alone.lines()[:6] and not run.events("done")
+    assert os.listdir(run.folder / "checkpoints") == []
+    for step in (3, 6):
+        assert f"checkpoints/{step}: this checkpoint could not be written (File too large, errno 27)" in run.said()
+    with run.start("reliability.stop_on_failed_save=true"):
+        assert run.wait() == [1]
+    assert 3 <= run.step() < 6 or len(run.events("save")) == 1
 
 
 @pytest.mark.parametrize("workdir, words", [("file", "is a file"), ("file/below", "cannot be written (Not a directory, errno 20)")])
 def test_a_folder_that_cannot_be(tmp_path, cache, workdir, words):
     (tmp_path / "file").write_text("")
-    run = Run(tmp_path / "elsewhere", cache, f"workdir={tmp_path / workdir}")
+    run = Run(tmp_path / workdir, cache, outputs=tmp_path / "said")
     with run.start():
         assert run.wait(PATIENCE) == [2] and words in run.said()

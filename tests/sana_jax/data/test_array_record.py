@@ -72,6 +72,7 @@ FINE = {"key": "k", "captions": {}, "scores": {}, "image": None, "arrays": {}, "
         (hand(b"[" * 100_000), "damaged"),
         (hand([]), "damaged"),
         (hand({}), "damaged"),
+        (hand(FINE | {"captions": "a cat"}), "damaged"),
         (hand(FINE | {"arrays": {"a": ["float32", [10**12], 0]}}), "damaged"),
         (hand(FINE | {"arrays": {"a": ["float32", [4], 0]}}, bytes(15)), "damaged"),
         (hand(FINE | {"arrays": {"a": ["object", [1], 0]}}, bytes(16)), "damaged"),

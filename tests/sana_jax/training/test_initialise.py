@@ -1,7 +1,5 @@
 """What a new run starts from."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,11 @@ def assert_equal(a, b):
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def assert_laid_out(params, model, mesh):
+    expected = layout.param_shardings(params, model, mesh)
+    assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, params, expected))
 
 
 # docs/numerics.md 5: how each leaf is drawn, as (standard deviation, largest value); None is unbounded.
@@ -80,17 +83,18 @@ def test_random_parameters_are_distributed_as_published():
     for path, leaf in leaves.items():
         value = 0.01 if path == "caption_embed/norm/scale" else float(path.endswith("scale"))
         np.testing.assert_array_equal(leaf, np.float32(value), err_msg=path)
-    assert len(leaves) == 14 and not any(path.endswith("kernel") for path in leaves)
+    assert len(leaves) == 16 and not any(path.endswith("kernel") for path in leaves)
 
 
 def test_random_parameters_are_those_of_the_seed_on_any_mesh():
-    whole = initialise.parameters(SANA, Init(), one_device(), seed=1)
+    whole, other = (initialise.parameters(GEMMA2, Init(), one_device(), seed) for seed in (1, 2))
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    cut = initialise.parameters(SANA, Init(), mesh, seed=1)
+    cut = initialise.parameters(GEMMA2, Init(), mesh, seed=1)
     assert_equal(whole, cut)
-    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, cut, layout.param_shardings(cut, SANA, mesh)))
-    other = initialise.parameters(SANA, Init(), one_device(), seed=2)
-    assert not np.array_equal(flat(whole)["head/out/kernel"], flat(other)["head/out/kernel"])
+    assert_laid_out(cut, GEMMA2, mesh)
+    one, two = flat(whole), flat(other)
+    same = {path for path in one if np.array_equal(one[path], two[path])}
+    assert same == {path for path in one if path.endswith("norm/scale")}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_from_a_run(run):
     average = initialise.parameters(larger, Init(str(run)), mesh, 0)
     assert_equal(average, jax.tree.map(lambda leaf: 2 * leaf, random_params(SANA, 3)))
     assert_equal(initialise.parameters(SANA, Init(str(run), ema=False), mesh, 0), random_params(SANA, 3))
-    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, average, layout.param_shardings(average, SANA, mesh)))
+    assert_laid_out(average, SANA, mesh)
 
 
 def test_from_a_run_without_an_average(tmp_path):
@@ -149,29 +153,33 @@ def velocity(model, params):
     keys = jax.random.split(jax.random.key(5), 2)
     x, states = jax.random.normal(keys[0], (2, 3, 5, 32)), jax.random.normal(keys[1], (2, 4, 32))
     mask = jnp.arange(4) < jnp.array([[4], [2]])
-    return np.asarray(model.apply({"params": params}, x, jnp.array([3.0, 700.0]), states, mask))
+    return np.asarray(jax.jit(model.apply)({"params": params}, x, jnp.array([3.0, 700.0]), states, mask))
 
 
 def test_a_grown_model_begins_as_the_shallow_one(run):
-    """Its velocity is that of the first two blocks; the new ones are the identity, though not in their gradients."""
-    deep = SANA.clone(depth=5)
-    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    """Its velocity is that of the first two blocks; the new ones are the identity."""
+    deep = SANA.clone(depth=4)
+    mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
     params = initialise.parameters(deep, Init(str(run), ema=False, grow=2), mesh, seed=7)
     source = random_params(SANA, 3)
-    first = jax.tree.map_with_path(lambda path, leaf: leaf[:2] if path[0].key in ("blocks", "key_value") else leaf, source)
+    layers = ("blocks", "key_value")
+    first = {
+        name: jax.tree.map(lambda leaf: leaf[:2], tree) if name in layers else tree for name, tree in source.items()
+    }
     expected = velocity(SANA.clone(depth=2), first)
-    np.testing.assert_array_equal(velocity(deep, jax.tree.map(np.asarray, params)), expected)
-    assert np.abs(velocity(SANA, source) - expected).max() > 1e-2  # the third block does something
+    size = np.abs(expected).max()
+    assert np.abs(velocity(deep, jax.tree.map(np.asarray, params)) - expected).max() < 3e-6 * size
+    assert np.abs(velocity(SANA, source) - expected).max() > 1e-2 * size  # the third block does something
 
-    grown, fresh = flat(params), flat(initialise.parameters(deep, Init(), one_device(), seed=7))
+    grown = flat(params)
     zeros = {path for path, leaf in grown.items() if path.startswith("blocks/") and not leaf[2:].any()}
     assert zeros == {
         "blocks/self_attn/out/kernel", "blocks/self_attn/out/bias", "blocks/cross_attn/out/kernel",
         "blocks/cross_attn/out/bias", "blocks/mix_ffn/project/kernel", "blocks/cross_attn/query/bias",
     }  # fmt: skip
-    np.testing.assert_array_equal(grown["blocks/self_attn/qkv/kernel"][2:], fresh["blocks/self_attn/qkv/kernel"][2:])
+    assert 0 < np.abs(grown["blocks/self_attn/qkv/kernel"][2:]).max() < 0.2  # xavier's, not the source's
     np.testing.assert_array_equal(grown["key_value/kv/kernel"][:2], flat(source)["key_value/kv/kernel"][:2])
-    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, params, layout.param_shardings(params, deep, mesh)))
+    assert_laid_out(params, deep, mesh)
 
 
 def test_growing_from_too_little(run):
@@ -182,8 +190,9 @@ def test_growing_from_too_little(run):
 def test_the_model_of_a_run(run):
     assert initialise.run_model(run) == SANA
     assert initialise.is_run(run) and not initialise.is_run(run / "checkpoints")
+
+
+def test_a_description_of_something_else(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="it is not that of a run"):
-        (run / "other").mkdir(exist_ok=True)
-        (run / "other" / "config.json").write_text("{}")
-        initialise.run_model(run / "other")
-    assert dataclasses.fields(Init)  # of the experiment that asks
+        initialise.run_model(tmp_path)
