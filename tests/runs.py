@@ -15,7 +15,7 @@ from sana_jax.models.sana import Sana
 from sana_jax.stacks import NVLABS
 from sana_jax.training import initialise, optimizer
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
-from sana_jax.training.state import create
+from sana_jax.training.state import TrainState
 from sana_jax.training.store import Store
 
 SANA = Sana(
@@ -49,10 +49,9 @@ def make_run(folder, model, steps=(3,), ema=None, frozen=Frozen()):
     store = Store(pathlib.Path(folder) / "checkpoints", keep=len(steps))
     for step in steps:
         params = jax.tree.map(jax.numpy.asarray, random_params(model, step))
-        tx = optimizer.make(config.optim, config.steps, config.data.batch, params)
-        state = create(params, tx, ema)
-        if ema is not None:
-            state = state.replace(ema=jax.tree.map(lambda leaf: 2 * leaf, params))
+        average = None if ema is None else jax.tree.map(lambda leaf: 2 * leaf, params)
+        zero = jax.numpy.zeros((), jax.numpy.int32)
+        state = TrainState(zero + step, params, average, (), zero, zero)  # of an optimizer that keeps nothing
         store.save(step, state, {"samples": 8 * step}, force=True)
     store.close()
     write_json(pathlib.Path(folder) / "config.json", describe(config))

@@ -42,29 +42,30 @@ def _sums(x):
 
 @functools.cache
 def _program(sharding):
-    """Leaves -> uint32 [leaves 3].  Replicated, or a process could not read it."""
-    return jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]), out_shardings=sharding)
+    return jax.jit(_sums, out_shardings=sharding)
+
+
+def _everywhere(leaf):
+    """Where the sums of an array go: to all devices, or a process could not read them."""
+    sharding = getattr(leaf, "sharding", None)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
 
 def fingerprint(tree):
     """({name: [sum, sum, dtype, shape]}, names of the arrays that hold NaN or infinity), JSON-ready.
 
-    Arrays on devices go through one program, which all processes must call together.  (One for each
-    leaf would be smaller to compile, but their collectives may meet in another order elsewhere, and
-    wait for each other for ever.)  Arrays of the host go one by one: a device may not hold them all.
+    All processes must call it together if an array spans them.  One small program for each shape:
+    hundreds of leaves share few, and one program for all of an autoencoder takes half a minute to
+    compile.  Each is waited for before the next begins: collectives of two programs that run at once
+    may meet in another order in another process, and wait for each other for ever.
     """
-    names, leaves = zip(*named_leaves(tree)) if jax.tree.leaves(tree) else ((), ())
-    if all(isinstance(leaf, np.ndarray) for leaf in leaves):
-        sums = [np.asarray(_program(None)([leaf]))[0] for leaf in leaves]
-    else:
-        meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
-        everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-        sums = np.asarray(_program(everywhere)(list(leaves)))
+    leaves = named_leaves(tree)
+    sums = [np.asarray(_program(_everywhere(leaf))(leaf)) for _, leaf in leaves]
     prints = {
         name: [int(found[0]), int(found[1]), *describe(leaf)]
-        for name, leaf, found in zip(names, leaves, sums, strict=True)
+        for (name, leaf), found in zip(leaves, sums, strict=True)
     }
-    return prints, [name for name, found in zip(names, sums, strict=True) if found[2]]
+    return prints, [name for (name, _), found in zip(leaves, sums, strict=True) if found[2]]
 
 
 def describe(leaf):

@@ -1,7 +1,6 @@
 """From the folder of a run to the folders that others read."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +100,8 @@ def test_what_cannot_be_exported(runs, tmp_path, capsys):
     assert "exists and is not an empty folder" in message(runs / "flow", runs)
     make_run(tmp_path / "bare", SANA)
     assert "frozen.dc_ae: the run names none; --dc-ae says" in message(tmp_path / "bare", out)
-    shutil.rmtree(tmp_path / "bare" / "checkpoints" / "3" / "state" / "d")
-    assert "sana_jax.export: error" in message(tmp_path / "bare", out)
+    (tmp_path / "bare" / "checkpoints" / "3" / "meta" / "metadata").write_text("{}")
+    assert "meta is not what was saved" in message(tmp_path / "bare", out)
     with pytest.raises(SystemExit):
         export.main([str(runs / "flow"), str(out), "--nothing"])
 

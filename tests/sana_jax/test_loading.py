@@ -68,9 +68,9 @@ def test_components(toy_folder, name):
 
 def test_overrides(toy_folder):
     folder = toy_folder / "transformer"
-    module, params = load_sana(folder, dtype="bf16", position_scale=2.0, remat=True)
+    module, params = load_sana(folder, dtype="bf16", position_scale=2.0, remat="full")
     assert (module.dtype, module.param_dtype) == (jnp.bfloat16, jnp.bfloat16)
-    assert (module.position_scale, module.remat, module.cross_heads) == (2.0, True, 4)
+    assert (module.position_scale, module.remat, module.cross_heads) == (2.0, "full", 4)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     module, params = load_sana(folder, dtype="bf16", param_dtype=jnp.float32)
     assert (module.dtype, module.param_dtype) == (jnp.bfloat16, jnp.float32)

@@ -15,6 +15,7 @@ import pytest
 
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints import sana as names
+from sana_jax.errors import InputError
 from sana_jax.loading import parameter_shapes
 from sana_jax.models import embeddings
 from sana_jax.models import sana as models
@@ -332,6 +333,30 @@ def test_structure_is_inferred_from_names_and_shapes(variant):
     assert found == {key: config[key] for key in found}
 
 
+def test_remat_keeps_what_it_says():
+    """Bytes that the forward pass leaves for the backward pass, beyond its arguments, at 8 x 16 x 16 tokens."""
+    module = Sana(width=64, depth=3, heads=2, cross_heads=2, caption_width=16, dtype=jnp.bfloat16)
+    x, t, states, mask = (jax.ShapeDtypeStruct((8, *a.shape[1:]), a.dtype) for a in module.example_inputs())
+    x = jax.ShapeDtypeStruct((8, 16, 16, 32), x.dtype)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, t, states, mask)
+
+    def kept(remat):
+        apply = module.clone(remat=remat).apply
+        pull = jax.eval_shape(lambda params, x: jax.vjp(lambda p: apply(p, x, *map(jnp.ones_like, (t, states, mask))), params)[1], params, x)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+    stream = 3 * 8 * 256 * 64 * 2  # one activation of all layers
+    nothing, full, products = map(kept, (None, "full", "products"))
+    # qkv 3, query 1, two outputs, expansion 5, projection 1: 12 widths of products
+    assert 11 * stream < products - full < 13 * stream
+    assert nothing > 2 * products
+
+
+def test_remat_must_be_known():
+    with pytest.raises(InputError, match="remat=True: must be one of None, 'full', 'products'"):
+        Sana(width=64, depth=1, heads=2, cross_heads=2, remat=True).init(jax.random.key(0), jnp.zeros((1, 2, 2, 32)), *[None] * 3)
+
+
 def test_gradients_reach_every_parameter():
     """Also that remat changes nothing; training stands on this."""
     module = Sana(width=64, depth=2, heads=2, cross_heads=2, caption_width=16, qk_norm=True)
@@ -347,5 +372,6 @@ def test_gradients_reach_every_parameter():
     grads = gradient(params, module)
     for path, leaf in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
-    again = gradient(params, module.clone(remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, again)
+    for remat in ("full", "products"):
+        again = gradient(params, module.clone(remat=remat))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, again)

@@ -3,6 +3,7 @@
 Our layers share a leaf and torch has a parameter for each; the torch side is given them one by one.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -124,12 +125,8 @@ def test_adamw_with_clipping():
     reference = theirs(make, clip=0.1, no_decay="blocks/self_attn")
     kept = dict(clip=0.1, no_decay=("blocks/self_attn/.*",))
     assert worst(ours(AdamW(), **kept), reference) <= BOUND
-    for mistake in (
-        ours(AdamW(), **kept | {"clip": None}),
-        ours(AdamW(), **kept | {"no_decay": ()}),
-        ours(AdamW(weight_decay=0.0), **kept),
-    ):
-        assert worst(mistake, reference) > 100 * BOUND
+    for mistake in ({"clip": None}, {"no_decay": ()}):
+        assert worst(ours(AdamW(), **kept | mistake), reference) > 100 * BOUND
 
 
 def test_a_schedule_with_warm_up():
@@ -141,24 +138,19 @@ def test_a_schedule_with_warm_up():
 
     reference = theirs(make, lr=lambda step: LR * min(1, step / 3))
     assert worst(ours(AdamW(), warmup=3), reference) <= BOUND
-    assert worst(ours(AdamW(), warmup=2), reference) > 100 * BOUND
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_came(weight_decay, monkeypatch):
+def test_came(monkeypatch):
     from came_pytorch import CAME as Reference
 
     def make(groups):
-        return Reference(groups, lr=LR, weight_decay=weight_decay)
+        return Reference(groups, lr=LR, weight_decay=0.1)
 
     paths = [path for path in SHAPES if path != CONVOLUTION]  # which came-pytorch factors and SANA does not
-    reference = theirs(make, paths)
-    assert worst(ours(CAME(weight_decay=weight_decay), paths), reference) <= BOUND
-    for mistake in (dict(b3=0.999), dict(clip=10.0), dict(weight_decay=0.01)):
-        rule = CAME(**{"weight_decay": weight_decay} | mistake)
-        assert worst(ours(rule, paths), reference) > 100 * BOUND
-
+    reference, rule = theirs(make, paths), CAME(weight_decay=0.1)
+    assert worst(ours(rule, paths), reference) <= BOUND
+    for mistake in (dict(b3=0.999), dict(clip=10.0), dict(weight_decay=0.0)):
+        assert worst(ours(dataclasses.replace(rule, **mistake), paths), reference) > 100 * BOUND
     monkeypatch.setattr(came, "is_factored", lambda path, shape: len(shape) - path.startswith(STACKED) == 2)
-    assert worst(ours(CAME(weight_decay=weight_decay), paths), reference) <= BOUND
     monkeypatch.setattr(came, "layer_axes", lambda path: 0)  # the rms of all layers together
-    assert worst(ours(CAME(weight_decay=weight_decay), paths), reference) > 100 * BOUND
+    assert worst(ours(rule, paths), reference) > 100 * BOUND

@@ -125,11 +125,8 @@ def test_a_dropped_caption_is_the_empty_one_with_its_own_mask():
 
 
 def test_the_empty_caption_may_be_longer_than_a_batch():
-    rows = cached()
-    short = rows | {"states": rows["states"][:, :3], "mask": rows["mask"][:, :3]}
-    objective = Flow(caption_dropout=1.0)
-    cut = frozen().params | {"null": frozen().params["null"][:3]}
-    np.testing.assert_array_equal(losses(objective, short, frozen().params), losses(objective, short, cut))
+    null = Flow().null(frozen(), cached()["states"][:, :3].astype(jnp.float16))
+    np.testing.assert_array_equal(null, frozen().params["null"][:3].astype(np.float16))
 
 
 def test_share_of_dropped_captions():
