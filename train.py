@@ -23,7 +23,7 @@ from sana_jax.checkpoints.write import write_json
 from sana_jax.data.loader import Loader
 from sana_jax.data.records import TooManyBadRecords
 from sana_jax.errors import InputError, NonFiniteError
-from sana_jax.training import distributed, frozen, initialise, layout, lock, optimizer, plan
+from sana_jax.training import distributed, frozen, initialise, layout, lock, optimizer, plan, processes
 from sana_jax.training.fingerprint import state_hash
 from sana_jax.training.metrics import Lagged, Metrics
 from sana_jax.training.preemption import Preemption
@@ -67,6 +67,7 @@ def train(config, preemption):
         opened.enter_context(jax.set_mesh(mesh))
 
         # ---- data, and the networks that are not trained --------------------------------------------
+        config = frozen.with_instruction(config)
         reader = config.data.source.open()
         tokenize = frozen.tokenizer(config, reader)
         loader = Loader(
@@ -91,6 +92,11 @@ def train(config, preemption):
         found = store.restore(layout.with_shardings(abstract, placed))
         if found:
             start, state, meta = found
+            if meta["data"] != reader.fingerprint():
+                raise InputError(
+                    f"data.source: is not what this run was trained on until step {start}, the order of samples would be "
+                    "another; bring the data back, or start a new run with init.weights"
+                )
             loader.seek(meta["samples"])
         else:
             params = initialise.parameters(config.model, config.init, mesh, config.seed)
@@ -117,6 +123,7 @@ def train(config, preemption):
                 with clocks.apart("compile"), watchdog.paused():
                     lowered = step.lower(state, constants.params, batch)
                     compiled = preemption.while_waiting(lowered.compile, before_leaving=save)
+                    processes.meet("compiled")
                     flop = flops.train_flops(config.model, batch, constants)
                     programs[shapes] = compiled, flop
                     for line in plan.memory_plan(abstract, placed, mesh, compiled, flop):
@@ -144,7 +151,8 @@ def train(config, preemption):
             if force or done % config.checkpoint.every == 0:
                 report(lagged.drain())
                 with clocks.apart("checkpoint"):
-                    if store.save(done, state, {"samples": first + taken * config.data.batch}, force=True):
+                    position = {"samples": first + taken * config.data.batch, "data": reader.fingerprint()}
+                    if store.save(done, state, position, force=True):
                         metrics.event("save", step=done)
 
         # ---- the loop -------------------------------------------------------------------------------

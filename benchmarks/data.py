@@ -16,6 +16,7 @@ The exit status is 1 if a ratio is below its bound: 0.95 where decoding is the l
 """
 
 import argparse
+import collections
 import multiprocessing
 import os
 import pathlib
@@ -31,8 +32,8 @@ COLUMNS = ("source", "workers", "batch", "ours_per_s", "torch_per_s", "ratio", "
 BOUNDS = {"folder": 0.95, "tar": 0.95, "cached": 1.0}
 
 
-def ours(source, batch, workers):
-    """Endless batches of the loader."""
+def ours(source, batch, workers, count):
+    """Batches of the loader."""
     from sana_jax.data.loader import Loader
     from sana_jax.experiment import Data
 
@@ -40,12 +41,12 @@ def ours(source, batch, workers):
     return Loader(source.open(), data, tokenize=Texts())
 
 
-def torchs(source, batch, workers):
-    """Endless batches of torch.utils.data.DataLoader."""
+def torchs(source, batch, workers, count):
+    """`count` batches of torch.utils.data.DataLoader."""
     import torch
 
     dataset = Rows(source.open())
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=10**9, replacement=True)
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=count * batch, replacement=True)
     loader = torch.utils.data.DataLoader(
         dataset, batch, sampler=sampler, num_workers=workers, prefetch_factor=2, multiprocessing_context="spawn"
     )
@@ -61,8 +62,10 @@ def cpu_seconds():
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def rate(batches, batch, count, skip):
-    """(rows a second of `count` batches after `skip`, milliseconds of all processors for a row)."""
+def rate(make, source, batch, workers, count):
+    """(rows a second of `count` batches, milliseconds of all processors for a row)."""
+    skip = 2 * workers + 2
+    batches = make(source, batch, workers, skip + count + 4 * workers)  # no worker may be idle at the end
     for _ in range(skip):
         next(batches)
     begin, cpu = time.perf_counter(), cpu_seconds()
@@ -70,8 +73,10 @@ def rate(batches, batch, count, skip):
         found = next(batches)
     seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
     assert len(found["image" if "image" in found else "latent"]) == batch
-    if hasattr(batches, "close"):
+    if make is ours:
         batches.close()
+    else:  # torch's workers are at times aborted, with a message, unless they come to their end
+        collections.deque(batches, maxlen=0)
     return batch * count / seconds, 1e3 * cpu / (batch * count)
 
 
@@ -82,7 +87,7 @@ def compare(name, source, options):
     found = {side: [] for side in sides}
     for turn in range(options.rounds):
         for side in list(sides)[:: 1 if turn % 2 else -1]:  # who is first changes
-            found[side].append(rate(sides[side](source, batch, workers), batch, count, 2 * workers + 2))
+            found[side].append(rate(sides[side], source, batch, workers, count))
     rows, cpu = ({side: statistics.median(pair[i] for pair in found[side]) for side in sides} for i in (0, 1))
     ratio = rows["ours"] / rows["torch"]
     return {

@@ -2,7 +2,7 @@
 
     python -m benchmarks.target_config --output DIR [--smoke]
 
-Writes DIR/target_config.textproto, to replace tests/static/h200_target.textproto.  The description
+Writes DIR/target_config.textproto, to replace sana_jax/aot/h200.textproto.  The description
 is reached in several ways, tried in turn, because none is a public interface; the log says which
 worked.  With --smoke, on a machine without a GPU, it only prints what each of them answers.
 """

@@ -2,8 +2,8 @@
 
 Three stages, each a run of its own in a folder of workdir; later ones use what earlier ones learned.
 Paper: https://arxiv.org/abs/2410.10629, at toy size.  Hardware: 2 CPU cores, no downloads.
-Cost: less than 4 minutes.  Expected: the autoencoder reaches 20 dB PSNR, and sampled latents come to
-lie half as far from the data as noise does.
+Cost: about 2 minutes, of which XLA's compiler takes one.  Expected: the autoencoder reaches 24 dB
+PSNR, and sampled latents come as near to the data as 0.4 in mean square, of 2 that noise has.
 
     python train.py configs/debug.py workdir=runs/debug
     python -m sana_jax.export runs/debug/flow models/debug
@@ -63,8 +63,8 @@ flow = Experiment(
     ),
     objective=Flow(scaling_factor=SCALE),
     data=data,
-    optim=Optim(rule, lr=2e-3, warmup=10, decay="cosine", clip=1.0, ema=0.99),
-    steps=300,
+    optim=Optim(rule, lr=4e-3, warmup=10, decay="cosine", clip=1.0, ema=0.98),
+    steps=400,
     frozen=Frozen(dc_ae="stage:autoencoder", text="stage:text", chi="none"),
     preview=Preview(every=100),  # of the captions of the data, so that the distance to it is measured
     **often,

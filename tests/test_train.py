@@ -10,6 +10,7 @@ from PIL import Image
 import train
 from sana_jax.training import lock
 from sana_jax.training.reading import read_params
+from tests import sample_runs
 
 TINY = """
     import dataclasses
@@ -40,11 +41,12 @@ TINY = """
 """
 
 
+compile_cache = sample_runs.compile_cache
+
+
 @pytest.fixture
-def experiment(tmp_path, monkeypatch):
+def experiment(tmp_path):
     """experiment(text) writes a config that ends in it, and returns call(*overrides) -> exit status."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(train.compile_cache, "keep_programs", lambda: None)  # the suite's own holds
 
     def write(ending, workdir="run"):
         path = tmp_path / "config.py"
@@ -193,6 +195,21 @@ def test_a_run_is_not_taken_over_nor_changed_under_way(experiment, tmp_path, cap
     assert call("model.width=32", "steps=4") == 2
     assert "model.width: 16 -> 32" in capfd.readouterr().err
     assert call("steps=3") == 0
+
+
+def test_data_may_move_but_not_change_under_way(experiment, tmp_path, capfd):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        (pictures / f"{i}.txt").write_text("a caption")
+        Image.new("RGB", (32, 32)).save(pictures / f"{i}.png")
+    call = experiment("config = language_model(data=Data(Folder('x'), batch=8, size=32, buckets=False, tokens=12))")
+    assert call("steps=1", f"data.source.path={pictures}") == 0
+    moved = pictures.rename(tmp_path / "moved")
+    assert call("steps=2", f"data.source.path={moved}") == 0
+    (moved / "0.png").unlink()
+    assert call("steps=3", f"data.source.path={moved}") == 2
+    assert "data.source: is not what this run was trained on until step 2" in capfd.readouterr().err
 
 
 def test_help_and_no_arguments(capfd):

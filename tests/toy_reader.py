@@ -107,6 +107,7 @@ FAULTS = {
     "no latent": lambda reader, i: reader.record(i)._replace(arrays={}),
     "nan latent": with_array("latent", lambda a: np.where(np.arange(a.shape[-1]) == 1, np.nan, a).astype(a.dtype)),
     "inf states": with_array("states", lambda a: np.full_like(a, np.inf)),
+    "huge latent": with_array("latent", lambda a: np.full(a.shape, 1e6, np.float32)),
     "wide states": with_array("states", lambda a: np.zeros((len(a), 9), a.dtype)),
     "many states": with_array("states", lambda a: np.zeros((7, 8), a.dtype)),
     "flat latent": with_array("latent", lambda a: a[..., 0]),

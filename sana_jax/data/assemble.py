@@ -194,9 +194,10 @@ def place(target, array, name):
         raise BadRecord("features", f"no {name}")
     if array.shape != target.shape:
         raise BadRecord("features", f"{name} {array.shape}, expected {target.shape}")
-    if not finite(array):
-        raise BadRecord("features", f"{name} is not finite")
-    target[...] = array
+    with np.errstate(over="ignore"):  # float32 into float16
+        target[...] = array
+    if not finite(target):
+        raise BadRecord("features", f"{name} is not finite, as {target.dtype}")
 
 
 def place_states(target, mask, arrays):

@@ -163,7 +163,7 @@ def _work(theirs, make, numbers, threads, ahead):
         while True:
             allowed.acquire()
             _send(theirs, BATCH, next(batches).file)
-    except BaseException:  # SystemExit too: grain's way would be to leave without a word
+    except BaseException:  # SystemExit too
         _send(theirs, ERROR, _file(traceback.format_exc().encode()))
     os._exit(1)
 

@@ -1,5 +1,6 @@
 """The networks that a run uses and does not train, and the tokenizer of its captions."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -93,7 +94,16 @@ def tokenizer_folder(config):
     if not source:
         return pathlib.Path(config.workdir, OWN_TOKENIZER)
     folder = _folder(source)
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    beside = folder.parent / "tokenizer" if folder.name == "text_encoder" else folder / "tokenizer"
+    return beside if beside.is_dir() else folder
+
+
+def with_instruction(config):
+    """The experiment with the words of its instruction in `frozen.chi`, where "auto" may stand.
+
+    What "auto" finds depends on the machine; a run, and what is exported of it, keeps the words.
+    """
+    return dataclasses.replace(config, frozen=dataclasses.replace(config.frozen, chi=instruction(config) or "none"))
 
 
 def instruction(config):

@@ -4,11 +4,15 @@ Every function is a meeting: all processes have to come, in the same order.  Alo
 nobody and nothing is sent.
 """
 
+import itertools
+
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 LONGEST = 1024  # bytes of a text
+_meetings = itertools.count()  # a name is good for one meeting
 
 
 def from_first(text):
@@ -44,7 +48,12 @@ def together(work, kinds):
     return value
 
 
-def meet(name):
-    """Goes on when every process is here."""
+def meet(name, seconds=7200):
+    """Goes on when every process is here; for what takes one of them longer than another.
+
+    Goes through the coordination service, which waits as long as it is told to: the first collective of
+    a program gives up after half a minute on CPU, when another process still compiles it.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"{name} {next(_meetings)}", timeout_ms=seconds * 1000)

@@ -1,14 +1,13 @@
 """What a long run must not gather: memory, arrays on the device, programs, processes, shared memory."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
-from tests.chaos.runs import Run, patiently, shared_memory
+from tests.chaos.runs import NIGHT, Run, patiently, shared_memory
 
-STEPS, WARM = (int(n) for n in os.environ.get("SANA_JAX_LEAK_STEPS", "900,300").split(","))
+STEPS, WARM = (20000, 2000) if NIGHT else (700, 300)
 LIMIT = 5e6  # bytes in 1000 steps
 
 
@@ -24,7 +23,7 @@ def measure(folder, cache, *overrides):
     return slope, arrays, compiled
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1] if NIGHT else [1])
 def test_nothing_grows(tmp_path, cache, workers):
     before = shared_memory()
     slope, arrays, compiled = measure(tmp_path / "run", cache, f"data.workers={workers}")

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from tests.chaos import faults, tiny
-from tests.chaos.runs import PATIENCE, Run, assert_same, patiently, shared_memory
+from tests.chaos.runs import NIGHT, PATIENCE, Run, assert_same, patiently, shared_memory
 
-KILLS = int(os.environ.get("SANA_JAX_KILLS", 8))  # .ci/nightly asks for more
+KILLS = 100 if NIGHT else 9
 EVERY, STEPS = tiny.config.checkpoint.every, tiny.config.steps
 
 

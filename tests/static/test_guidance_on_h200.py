@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sana_jax import programs
+from sana_jax import aot, programs
 from sana_jax.models.sana import SANA_1600M, SANA_SPRINT_1600M
 from sana_jax.programs import Perturbation
-from tests.static import deviceless
 from tests.static.test_sana_on_h200 import parameters
 
 pytestmark = [
     pytest.mark.static,
-    pytest.mark.skipif(not deviceless.available(), reason="needs the extra `static`"),
+    pytest.mark.skipif(not aot.available(), reason="needs the extra `static`"),
 ]
 
 SMALL = dict(depth=2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -44,5 +43,5 @@ def test_data_parallel_needs_no_collectives(case):
 
     specs = (P(), P("data"), P("data"), P(None, "data"))
     avals = parameters(module), (states, mask, states, mask), noise, fresh
-    compiled = deviceless.compile_for_h200(denoise, *avals, devices=8, in_specs=specs)
-    assert deviceless.summary(compiled)["collectives"] == {}
+    compiled = aot.compile_for("h200", denoise, *avals, mesh={"data": 8}, in_specs=specs)
+    assert aot.summary(compiled)["collectives"] == {}

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sana_jax import programs
+from sana_jax import aot, programs
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA
 from sana_jax.models.sana import SANA_1600M, SANA_1600M_4K
-from tests.static import deviceless
 
 pytestmark = [
     pytest.mark.static,
-    pytest.mark.skipif(not deviceless.available(), reason="needs the extra `static`"),
+    pytest.mark.skipif(not aot.available(), reason="needs the extra `static`"),
 ]
 
 GIB = 2**30
@@ -48,7 +47,7 @@ def denoiser(module, side, batch=1, tokens=300):
 )
 def test_denoiser_fits(module, side, gib):
     denoise, avals = denoiser(module.clone(**BF16), side)
-    found = deviceless.summary(deviceless.compile_for_h200(denoise, *avals))
+    found = aot.summary(aot.compile_for("h200", denoise, *avals))
     assert 2.9 * GIB < found["argument_bytes"] < 3.1 * GIB  # 1.6e9 bfloat16 parameters, once
     assert found["temp_bytes"] < gib * GIB
     assert not any("conv" in call.lower() for call in found["custom_calls"]), found["custom_calls"]
@@ -58,15 +57,13 @@ def test_denoiser_fits(module, side, gib):
 def test_data_parallel_needs_no_collectives():
     denoise, avals = denoiser(SANA_1600M.clone(**BF16), 32, batch=8)
     specs = (P(), P("data"), P("data"))
-    compiled = deviceless.compile_for_h200(denoise, *avals, devices=8, in_specs=specs)
-    assert deviceless.summary(compiled)["collectives"] == {}
+    compiled = aot.compile_for("h200", denoise, *avals, mesh={"data": 8}, in_specs=specs)
+    assert aot.summary(compiled)["collectives"] == {}
 
 
 def test_decoder_fits():
     module = DC_AE_F32C32_SANA.clone(**BF16)
     latents = jax.ShapeDtypeStruct((1, 32, 32, 32), jnp.float32)
-    compiled = deviceless.compile_for_h200(
-        lambda p, z: programs.decode(module, p, z), parameters(module), latents
-    )
-    found = deviceless.summary(compiled)
+    compiled = aot.compile_for("h200", lambda p, z: programs.decode(module, p, z), parameters(module), latents)
+    found = aot.summary(compiled)
     assert found["temp_bytes"] < 1.25 * GIB and found["collectives"] == {}

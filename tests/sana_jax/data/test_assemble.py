@@ -26,6 +26,7 @@ def batch_with(fault, kind="latent", **more):
         ("latent", "SystemExit", "error"),
         ("latent", "no latent", "features"),
         ("latent", "nan latent", "features"),
+        ("latent", "huge latent", "features"),
         ("latent", "inf states", "features"),
         ("latent", "wide states", "features"),
         ("latent", "many states", "features"),

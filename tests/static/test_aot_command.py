@@ -1,0 +1,62 @@
+"""`python -m sana_jax.aot`: what it takes, prints and writes."""
+
+import json
+import pathlib
+
+import pytest
+
+from sana_jax import aot
+from sana_jax.aot.__main__ import main
+
+pytestmark = pytest.mark.static
+needs_compiler = pytest.mark.skipif(not aot.available(), reason="needs the extra `static`")
+CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "sana_600m_512.py")
+SMALL = ["model.depth=1", "model.width=288", "model.heads=9", "model.cross_heads=4", "data.batch=16"]
+
+
+@needs_compiler
+def test_a_training_step(tmp_path, capfd):
+    file = tmp_path / "plan.json"
+    wanted = ["--cached", "--shape", "512x512", "--shape", "448x576", "--output", str(file), "model.remat=products"]
+    assert main(["--devices", "8", "--mesh", "fsdp=8", CONFIG, *SMALL, *wanted, "--optim.lr=1e-3"]) == 0
+    printed = capfd.readouterr().out
+    written = json.loads(file.read_text())
+    square, wide = written["programs"]
+    assert written["target"] == "h200" and square["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert "all-to-all" not in square["collectives"] and square["collectives"]["all-gather"] > 4
+    assert square["warnings"] == wide["warnings"] == []
+    assert 0 < square["temp_bytes"] < square["peak_bytes"] and square["flops"] > 1e9
+    assert "batch 16 of 448x576" in wide["program"] and wide["program"] in printed
+    assert "of 140.40 GiB" in printed and "collectives" in printed
+
+
+@needs_compiler
+def test_a_sampler(capfd):
+    assert main(["--sampler", "sana-sprint-0.6b", "--target", "rtx4090", "--size", "128", "--steps", "1"]) == 0
+    printed = capfd.readouterr().out
+    assert "sana-sprint-0.6b, 128 px, 1 at once: 1 x rtx4090" in printed and "collectives        none" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ([], "give a config file or --sampler"),
+        ([CONFIG, "--sampler", "sana-1.6b"], "give a config file or --sampler"),
+        (["--sampler", "sana-1.6"], "sampler='sana-1.6': must be one of"),
+        (["--sampler", "sana-1.6b", "--size", "1000"], "size=1000: must be a multiple of 32"),
+        (["--sampler", "sana-1.6b", "--devices", "2"], "batch=1: must be a multiple of the mesh's data=2"),
+        ([CONFIG, "--devices", "0"], "devices=0"),
+        ([CONFIG, "--devices", "8", "--mesh", "model=8"], "mesh='model=8': must be such as"),
+        ([CONFIG, "--devices", "8", "--mesh", "fsdp=3"], "number of devices, 8"),
+        ([CONFIG, "--devices", "8", "data.batch=12"], "data.batch=12: must be a multiple of 8"),
+        ([CONFIG, "--shape", "512x500"], "shape='512x500': sana_600m_512 has"),
+        ([CONFIG, "optim.lrr=1"], "optim.lrr"),
+        ([CONFIG, "--target", "h20"], "target='h20'"),
+        (["configs/nothing.py"], "no such config file"),
+    ],
+)
+@needs_compiler
+def test_bad_input_is_one_clear_line(arguments, problem, capfd):
+    assert main(arguments) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("sana_jax.aot: ") and problem in said and "Traceback" not in said
