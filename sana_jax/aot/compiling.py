@@ -56,8 +56,20 @@ def compile_for(target, fn, *avals, mesh=None, in_specs=None, options=None):
     specs = (PartitionSpec(),) * len(avals) if in_specs is None else tuple(in_specs)
     placed = jax.tree.map(place, specs, avals, is_leaf=lambda s: isinstance(s, PartitionSpec))
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    with jax.set_mesh(mesh):  # from jax 0.11 on, Pallas reads the architecture from it
+    with jax.set_mesh(mesh), _not_kept():  # from jax 0.11 on, Pallas reads the architecture from the mesh
         return jitted.lower(*placed).compile(options)
+
+
+@contextlib.contextmanager
+def _not_kept():
+    """jax's cache of compiled programs would keep these, and cannot read them back without the card."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    kept = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, kept)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,22 @@ def test_the_cpu_stays_the_default():
 
 
 @needs_compiler
+def test_the_cache_of_programs_keeps_none(tmp_path):
+    """jax could not read them back, and would warn about each."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0)):
+            jax.config.update(name, value)
+        aot.compile_for("h200", dense, {"kernel": W}, X)
+        assert getattr(jax.config, names[1]) == 0.0
+    finally:
+        for name, value in zip(names, kept):
+            jax.config.update(name, value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
 def test_temp_bytes_counts_a_large_intermediate():
     n, c = 4096, 32
     row = jax.ShapeDtypeStruct((n, c), jnp.bfloat16)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -199,16 +200,49 @@ def test_workers_touch_no_device():
     assert found["number"] == 0
 
 
-def test_arrays_come_as_they_went():
-    layout = {"a": ((7,), np.int32), "empty": ((0, 3), np.float32), "b": ((2, 3), "float16")}
-    block = workers.Block(layout)
+LAYOUT = {"a": ((7,), np.int32), "empty": ((0, 3), np.float32), "b": ((2, 3), "float16"), "c": ((), bool)}
+
+
+def test_arrays_lie_where_the_header_says():
+    blocks = workers.Blocks()
+    block = blocks(LAYOUT)
     assert all(not array.any() and array.flags.writeable for array in block.values())
-    block["a"][:], block["b"][1] = np.arange(7), (1, 2, 3)
-    expected = {name: array.copy() for name, array in block.items()}
-    found = workers._arrays(block.file)
+    block["a"][:], block["b"][1], block["c"][...] = np.arange(7), (1, 2, 3), True
+    found = workers._arrays(np.frombuffer(workers._map(block.file), np.uint8))
     os.close(block.file)
-    assert list(found) == list(layout)
-    for name, (shape, dtype) in layout.items():
+    assert list(found) == list(LAYOUT)
+    for name, (shape, dtype) in LAYOUT.items():
         assert found[name].dtype == dtype and found[name].shape == shape
-        np.testing.assert_array_equal(found[name], expected[name])
-        assert found[name].ctypes.data % workers.ALIGNMENT == 0 and found[name].flags.writeable
+        np.testing.assert_array_equal(found[name], block[name])
+        assert found[name].ctypes.data % workers.ALIGNMENT == 0
+
+
+def test_a_file_is_used_again_once_it_is_free():
+    blocks = workers.Blocks()
+    first, second = blocks(LAYOUT), blocks(LAYOUT)
+    first["a"][:] = 1
+    assert (first.number, second.number) == (0, 1)
+    blocks.free.put(0)
+    again = blocks(LAYOUT)
+    assert again.number == 0 and again.file is None and not again["a"].any()
+    blocks.free.put(0)
+    larger = blocks({"a": ((100_000,), np.int32)})
+    assert larger.number == 0 and larger.file is not None and larger["a"].size == 100_000
+    for block in (first, second, larger):
+        os.close(block.file)
+
+
+def test_a_batch_that_is_held_is_never_written_to():
+    """By name, by a view, or by jax, which may take an array as it lies; and files are used again."""
+    with Loader(Reader(), Data(workers=2)) as loader:
+        held = next(loader)
+        view, device = next(loader)["latent"][3:, 0], jax.device_put(next(loader)["latent"])
+        copies = {name: array.copy() for name, array in held.items()}, view.copy(), np.array(device)
+        for _ in range(60):
+            next(loader)
+        for name, array in held.items():
+            np.testing.assert_array_equal(array, copies[0][name], name)
+        np.testing.assert_array_equal(view, copies[1])
+        np.testing.assert_array_equal(device, copies[2])
+        assert 3 <= len(loader._batches._memory) <= 12
+    np.testing.assert_array_equal(held["latent"], copies[0]["latent"])

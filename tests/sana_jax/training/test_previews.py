@@ -1,6 +1,5 @@
 """Pictures of what toy networks have learned, which is nothing, but the right pictures of it."""
 
-import dataclasses
 import functools
 import types
 
@@ -100,10 +99,17 @@ def shown(previewer, state, step=10):
     return grid, fields
 
 
-def test_the_captions_of_the_data_are_painted_below_their_pictures(tmp_path, frozen):
-    previewer = Previewer(experiment(tmp_path), frozen, mesh(), SOURCE.open(), tokenize)
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory, frozen):
+    """(Previewer of the data's own captions, its folder)."""
+    folder = tmp_path_factory.mktemp("run")
+    return Previewer(experiment(folder), frozen, mesh(), SOURCE.open(), tokenize), folder
+
+
+def test_the_captions_of_the_data_are_painted_below_their_pictures(tmp_path, frozen, painter):
+    previewer, folder = painter
     grid, numbers = shown(previewer, state(random(SANA, 3)))
-    with Image.open(tmp_path / "previews" / "00000010.png") as file:
+    with Image.open(folder / "previews" / "00000010.png") as file:
         assert np.array_equal(np.asarray(file), grid)
         assert float(file.text["distance"]) == pytest.approx(numbers["distance"], abs=1e-4)
 
@@ -124,27 +130,30 @@ def test_the_captions_of_the_data_are_painted_below_their_pictures(tmp_path, fro
     assert finite and numbers["distance"] == pytest.approx(distance, rel=1e-4)
 
 
-def test_always_the_same_noise_and_the_averaged_parameters(tmp_path, frozen):
-    config = experiment(tmp_path, prompts=("a cat", "a dog"))
+def test_always_the_same_noise_and_the_averaged_parameters(painter):
+    previewer, _ = painter
     a, b = random(SANA, 3), random(SANA, 4)
-    previewer = Previewer(config, frozen, mesh(), SOURCE.open(), tokenize)
-    (first, numbers), (other, _) = shown(previewer, state(a)), shown(previewer, state(b))
-    assert numbers == {} and not np.array_equal(first, other)
-    assert np.array_equal(shown(previewer, state(b, ema=a))[0], first)
-    again = Previewer(config, frozen, mesh(), SOURCE.open(), tokenize)
-    assert np.array_equal(shown(again, state(a))[0], first)
-    seeded = dataclasses.replace(config, preview=dataclasses.replace(config.preview, seed=1))
-    assert not np.array_equal(shown(Previewer(seeded, frozen, mesh(), SOURCE.open(), tokenize), state(a))[0], first)
+    (first, numbers), (other, worse) = shown(previewer, state(a)), shown(previewer, state(b))
+    assert numbers != worse and not np.array_equal(first, other)
+    again, same = shown(previewer, state(b, ema=a))
+    assert same == numbers and np.array_equal(again, first)
 
 
-def test_parameters_cut_over_devices_paint_the_same(tmp_path, frozen):
-    config, params = experiment(tmp_path), random(SANA, 3)
-    whole = shown(Previewer(config, frozen, mesh(), SOURCE.open(), tokenize), state(params))
-    wide = mesh(8, data=2, fsdp=4)
+def test_prompts_are_painted_in_a_grid(tmp_path, frozen):
+    prompts = ("a cat", "a dog that has a very long name, too long for a label", "a cat", "d", "e")
+    previewer = Previewer(experiment(tmp_path, prompts=prompts), frozen, mesh(), SOURCE.open(), tokenize)
+    grid, numbers = shown(previewer, state(random(SANA, 3)))
+    assert numbers == {} and 2 * 32 < grid.shape[0] < 3 * 64 and grid.shape[1] < 1200  # two rows
+
+
+def test_parameters_cut_over_devices_paint_the_same(tmp_path, frozen, painter):
+    params, wide = random(SANA, 3), mesh(8, data=2, fsdp=4)
+    whole = shown(painter[0], state(params))
     cut = jax.device_put(params, layout.param_shardings(params, SANA, wide))
     everywhere = frozen._replace(params=jax.device_put(frozen.params, jax.NamedSharding(wide, jax.P())))
     with jax.set_mesh(wide):
-        grid, numbers = shown(Previewer(config, everywhere, wide, SOURCE.open(), tokenize), state(cut))
+        previewer = Previewer(experiment(tmp_path), everywhere, wide, SOURCE.open(), tokenize)
+        grid, numbers = shown(previewer, state(cut))
     assert numbers["distance"] == pytest.approx(whole[1]["distance"], rel=1e-5)
     assert np.abs(grid.astype(int) - whole[0]).max() <= 1
 
