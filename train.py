@@ -11,30 +11,35 @@ gradient not finite, several times in a row; 5 hung; 1 anything else.
 """
 
 import contextlib
+import os
 import pathlib
 import sys
 
 import jax
-import numpy as np
 
 from sana_jax import compile_cache, experiment, flops, sharding
 from sana_jax.checkpoints.read import read_json
 from sana_jax.checkpoints.write import write_json
 from sana_jax.data.loader import Loader
 from sana_jax.data.records import TooManyBadRecords
+from sana_jax.data.workers import WorkerDied
 from sana_jax.errors import InputError, NonFiniteError
 from sana_jax.training import distributed, frozen, initialise, layout, lock, optimizer, plan, processes
 from sana_jax.training.fingerprint import state_hash
 from sana_jax.training.metrics import Lagged, Metrics
 from sana_jax.training.preemption import Preemption
 from sana_jax.training.previews import Previewer
+from sana_jax.training.reading import DamagedError
 from sana_jax.training.state import create
 from sana_jax.training.step import make_step
-from sana_jax.training.store import Store
+from sana_jax.training.store import SaveError, Store
 from sana_jax.training.timing import Clocks
 from sana_jax.training.watchdog import Watchdog
 
-EXIT_CODES = {TooManyBadRecords: 3, NonFiniteError: 4, InputError: 2}  # the first that fits
+DESCRIPTION = "config.json"  # the experiment, in its run's folder
+EXIT_CODES = {  # the first that fits
+    TooManyBadRecords: 3, NonFiniteError: 4, InputError: 2, DamagedError: 1, SaveError: 1, WorkerDied: 1,
+}  # fmt: skip
 
 
 def main(arguments):
@@ -54,8 +59,11 @@ def main(arguments):
                         break
         return 0
     except tuple(EXIT_CODES) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        if jax.distributed.is_initialized():
+            os._exit(code)  # a polite end waits for the other processes, which may wait for this one
+        return code
 
 
 def train(config, preemption):
@@ -67,14 +75,15 @@ def train(config, preemption):
         opened.enter_context(jax.set_mesh(mesh))
 
         # ---- data, and the networks that are not trained --------------------------------------------
-        config = frozen.with_instruction(config)
         reader = config.data.source.open()
+        config = frozen.with_instruction(config, reader)
         tokenize = frozen.tokenizer(config, reader)
         loader = Loader(
             reader, config.data, seed=config.seed, tokenize=tokenize, inputs=config.objective.reads,
             host=jax.process_index(), hosts=jax.process_count(),
         )  # fmt: skip
         opened.enter_context(loader)
+        data = processes.the_same("data.source: the records", loader.fingerprint())
         constants, remarks = frozen.load(config, loader.names, reader, mesh)
 
         # ---- state: the last checkpoint's, or a new one ---------------------------------------------
@@ -88,11 +97,11 @@ def train(config, preemption):
         )  # fmt: skip
         opened.enter_context(contextlib.closing(store))
         store.check_space(abstract)
-        keep_description(config, store)
+        require_same_run(config)
         found = store.restore(layout.with_shardings(abstract, placed))
         if found:
             start, state, meta = found
-            if meta["data"] != reader.fingerprint():
+            if meta["data"] != data:
                 raise InputError(
                     f"data.source: is not what this run was trained on until step {start}, the order of samples would be "
                     "another; bring the data back, or start a new run with init.weights"
@@ -102,6 +111,8 @@ def train(config, preemption):
             params = initialise.parameters(config.model, config.init, mesh, config.seed)
             start, state = 0, jax.jit(lambda p: create(p, tx, config.optim.ema), out_shardings=placed)(params)
             del params
+        if jax.process_index() == 0:
+            write_json(pathlib.Path(config.workdir, DESCRIPTION), experiment.describe(config))
 
         # ---- what is seen of it ---------------------------------------------------------------------
         metrics = Metrics(config.workdir, config.steps, start, config.log.tensorboard)
@@ -117,12 +128,12 @@ def train(config, preemption):
         step = jax.jit(layout.on_mesh(step, mesh), donate_argnums=0, out_shardings=(placed, None))
         programs = {}  # one for each shape of batch
 
-        def program(batch, save):
+        def program(batch, leave):
             shapes = tuple(a.shape for a in batch.values())
             if shapes not in programs:
                 with clocks.apart("compile"), watchdog.paused():
                     lowered = step.lower(state, constants.params, batch)
-                    compiled = preemption.while_waiting(lowered.compile, before_leaving=save)
+                    compiled = preemption.while_waiting(lowered.compile, before_leaving=leave)
                     processes.meet("compiled")
                     flop = flops.train_flops(config.model, batch, constants)
                     programs[shapes] = compiled, flop
@@ -134,8 +145,9 @@ def train(config, preemption):
             """What has come back from the device: lines of the log, skipped steps, the end of a lost run."""
             for number, values, positions in rows:
                 if not values["finite"]:
-                    where = loader.where(positions[:8])
-                    metrics.event("skipped", step=number, positions=positions, records=where)
+                    where = loader.where(positions[:8])  # of this process
+                    end = first + (number - start) * config.data.batch
+                    metrics.event("skipped", step=number, samples=[end - config.data.batch, end], records=where)
                     metrics.say(f"step {number}: loss or gradient is not finite, skipped; first records: {', '.join(where)}")
                 if values["skipped_in_row"] >= config.optim.max_skips_in_row:
                     raise NonFiniteError(
@@ -151,9 +163,13 @@ def train(config, preemption):
             if force or done % config.checkpoint.every == 0:
                 report(lagged.drain())
                 with clocks.apart("checkpoint"):
-                    position = {"samples": first + taken * config.data.batch, "data": reader.fingerprint()}
+                    position = {"samples": first + taken * config.data.batch, "data": data}
                     if store.save(done, state, position, force=True):
                         metrics.event("save", step=done)
+
+        def leave():
+            save(force=True)
+            store.close()
 
         # ---- the loop -------------------------------------------------------------------------------
         taken, requested, first = 0, False, loader.samples  # of which a batch may be read and not yet taken
@@ -162,7 +178,7 @@ def train(config, preemption):
                 with clocks.apart("data"):
                     rows = next(loader)
                 batch = layout.put_batch(rows, mesh)
-                compiled, flop = program(batch, save=lambda: save(force=True))
+                compiled, flop = program(batch, leave)
                 state, values = compiled(state, constants.params, batch)
                 taken += 1
                 done = start + taken
@@ -172,7 +188,7 @@ def train(config, preemption):
                 if preview.every and done % preview.every == 0:
                     with clocks.apart("preview"), watchdog.paused():
                         preview(done, state, metrics)
-                requested = preemption.requested(done)
+                requested = preemption.requested()
                 save(force=requested or done == config.steps)
                 store.check()
                 watchdog.beat()
@@ -182,17 +198,18 @@ def train(config, preemption):
         digest = state_hash(state)
         metrics.event("done" if finished else "stopped", step=start + taken, state_hash=digest)
         metrics.say(f"{config.workdir}: step {start + taken} of {config.steps}, state {digest[:16]}")
-        return finished
+        return finished and not requested
 
 
-def keep_description(config, store):
-    """Writes the experiment beside its run; of a run that goes on, says what is different, or refuses it."""
-    path = pathlib.Path(config.workdir, "config.json")
-    if path.is_file() and store.latest() is not None:
+def require_same_run(config):
+    """Of a run that goes on, says what is another than at its last start.
+
+    Raises InputError: something that a run keeps for life.
+    """
+    path = pathlib.Path(config.workdir, DESCRIPTION)
+    if path.is_file() and initialise.has_steps(config.workdir):
         for line in experiment.changes(read_json(path), config):
             print(f"changed since the last start: {line}", file=sys.stderr)
-    if jax.process_index() == 0:
-        write_json(path, experiment.describe(config))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ PSNR, and sampled latents come as near to the data as 0.4 in mean square, of 2 t
 
     python train.py configs/debug.py workdir=runs/debug
     python -m sana_jax.export runs/debug/flow models/debug
-    python sample.py models/debug --prompt "a large red circle on blue"
+    python sample.py --model models/debug --prompt "a large white ring on red"
 """
 
 from sana_jax.data.captions import Captions
@@ -49,7 +49,7 @@ autoencoder = Experiment(
         head_dim=16,
         scaling_factor=SCALE,
     ),
-    objective=Autoencoder(ssim=0.0, lpips=0.0),  # on a CPU SSIM would cost twice what the network does
+    objective=Autoencoder(lpips=0.0),
     data=data,
     optim=Optim(rule, lr=1.5e-3, warmup=10, decay="cosine", clip=1.0),
     steps=300,

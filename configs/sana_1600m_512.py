@@ -19,7 +19,7 @@ from sana_jax.training.objectives import Flow
 from sana_jax.training.optimizer import CAME
 
 config = Experiment(
-    model=SANA_1600M.clone(sample_size=16, dtype="bf16", **NVLABS.sana_fields()),
+    model=SANA_1600M.clone(sample_size=16, dtype="bf16", remat="products", **NVLABS.sana_fields()),
     objective=Flow(shift=3.0, caption_dropout=0.1),
     data=Data(Tar("data/train"), batch=1024, size=512, captions=Captions("power", threshold=25.0, temperature=0.1)),
     optim=Optim(CAME(), lr=1e-4, lr_rule="sqrt", warmup=2000, clip=0.1),  # published without a moving average

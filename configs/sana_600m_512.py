@@ -13,7 +13,7 @@ from sana_jax.models.sana import SANA_600M
 from sana_jax.stacks import NVLABS
 
 config = derived(__file__, "sana_1600m_512", {
-    "model": SANA_600M.clone(sample_size=16, dtype="bf16", **NVLABS.sana_fields()),
+    "model": SANA_600M.clone(sample_size=16, dtype="bf16", remat="products", **NVLABS.sana_fields()),
     "frozen.dc_ae": "sana-0.6b-512",
     "frozen.text": "sana-0.6b-512",
 })  # fmt: skip

@@ -7,6 +7,7 @@ import re
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 
 from sana_jax.data.folder import Folder
 from sana_jax.data.synthetic import Synthetic
@@ -131,6 +132,8 @@ def _model(config):
     elif not isinstance(model, kind := next(model for own, model in MODELS.items() if isinstance(objective, own))):
         wanted = kind.__name__
         yield f"objective: {type(objective).__name__} trains a {wanted}, model is a {type(model).__name__}"
+    if jnp.dtype(model.param_dtype) != jnp.float32:
+        yield f"model.param_dtype={jnp.dtype(model.param_dtype).name}: must be float32, small updates are lost in less; dtype is what computes"
     try:
         paths = parameter_paths(model)
     except InputError as error:

@@ -11,7 +11,8 @@ from sana_jax.aot.targets import architecture
 from sana_jax.errors import InputError
 
 KERNEL = re.compile(
-    r"Compiling entry function '(?P<kernel>[^']+)'.*?(?P<spill_bytes>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
+    r"Compiling entry function '(?P<kernel>[^']+)'.*?(?P<spill_bytes>\d+) bytes spill stores"
+    r".*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 
@@ -19,7 +20,11 @@ KERNEL = re.compile(
 def assembler():
     """Triton's newest ptxas.  Raises InputError: Triton is not installed, or brings none."""
     spec = importlib.util.find_spec("triton")
-    folders = [] if spec is None else [pathlib.Path(path, "backends", "nvidia", "bin") for path in spec.submodule_search_locations]
+    folders = (
+        []
+        if spec is None
+        else [pathlib.Path(path, "backends", "nvidia", "bin") for path in spec.submodule_search_locations]
+    )
     for name in ("ptxas-blackwell", "ptxas"):  # XLA writes a newer PTX than the older of the two reads
         for folder in folders:
             if (folder / name).is_file():

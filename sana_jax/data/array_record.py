@@ -211,7 +211,7 @@ def write(reader, folder, shard_records=10_000):
 
     Returns {reason: how many}.  Raises InputError: there is something in the folder, or it cannot be written.
     """
-    folder, bad = pathlib.Path(folder), {}
+    folder, bad, sizes = pathlib.Path(folder), {}, reader.sizes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -226,7 +226,7 @@ def write(reader, folder, shard_records=10_000):
                     except BadRecord as error:
                         record, problem = Record(reader.key(i)), error
                         bad[error.reason] = bad.get(error.reason, 0) + 1
-                    writer.write(record, reader.sizes[i], problem)
+                    writer.write(record, sizes[i], problem)
                     progress.update()
         progress.close()
     except OSError as error:

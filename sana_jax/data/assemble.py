@@ -32,23 +32,16 @@ class Contents(NamedTuple):
     texts: dict = {}
 
 
-def read(reader, indices):
-    """A Record or a BadRecord for each index, whatever goes wrong; one by one where it can only be so."""
-    if hasattr(reader, "__getitems__"):
-        try:
-            return reader.__getitems__([int(i) for i in indices])
-        except Exception:  # one of them spoils the lot: each on its own, to learn which
-            pass
-    return (read_one(reader, i) for i in indices)
-
-
 def read_one(reader, index):
+    """A Record or a BadRecord, whatever goes wrong; the cause of one by I/O is the OSError."""
     try:
         return reader[int(index)]
     except BadRecord as bad:
         return bad
     except OSError as error:
-        return BadRecord("unreadable", str(error))
+        bad = BadRecord("unreadable", str(error))
+        bad.__cause__ = error
+        return bad
     except (Exception, SystemExit) as error:
         return BadRecord("error", f"{type(error).__name__}: {error}")
 
@@ -130,9 +123,9 @@ class Assemble:
         bucket, indices = self.records(number, self.start, self.stop)
         batch, texts = allocate(self.layout(bucket)), [""] * len(indices)
         batch["position"][:] = number * self.schedule.batch + np.arange(self.start, self.stop)
-        for row, record in enumerate(read(self.reader, indices)):
+        for row, index in enumerate(indices):
             try:
-                if isinstance(record, BadRecord):
+                if isinstance(record := read_one(self.reader, index), BadRecord):
                     raise record
                 texts[row] = self.fill(batch, row, record)
             except BadRecord as bad:

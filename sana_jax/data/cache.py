@@ -11,6 +11,8 @@ the states of the empty caption, and cache.json, which says what all was made fr
 the source; what was bad there stays a bad record.
 
 A shard has its name when it is whole, so the same command, given again, makes what is not there yet.
+It stops (exit status 1) at a shard of which a record could not be read because of an I/O error, or
+failed for no known reason: what may be good next time is not kept as bad.
 Several machines share the work with --hosts and --host.
 """
 
@@ -21,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -46,6 +49,11 @@ from sana_jax.training.objectives import Flow
 from sana_jax.training.objectives.flow import signed, text_states
 
 VERSION = 1
+EXAMPLES = 10  # of records that failed, in a message
+
+
+class NotWhole(RuntimeError):
+    """Records of a shard failed for reasons that are not theirs; the shard is not written."""
 
 
 @dataclasses.dataclass
@@ -76,20 +84,28 @@ def make(config, out, options=Options()):
       {reason: bad records} of the shards that were made.
     Raises:
       InputError: a network is not given, nothing can be used, or `out` holds something else.
+      NotWhole: records could not be read now.
     """
     if not isinstance(config.objective, Flow) or isinstance(config.data.source, Cached):
         raise InputError("objective, data.source: only the pictures and captions of a Flow experiment can be cached")
     config = dataclasses.replace(config, preview=dataclasses.replace(config.preview, every=0))
     out = pathlib.Path(out)
     mesh = sharding.make_mesh(**layout.mesh_sizes(config.mesh))
+    devices = math.prod(mesh.shape.get(axis, 1) for axis in layout.ROWS)
+    if options.batch % devices:
+        near = " or ".join(str(n) for n in (options.batch // devices * devices, -(-options.batch // devices) * devices) if n)
+        raise InputError(f"--batch={options.batch}: must be a multiple of the {devices} devices along data and fsdp; {near}")
     layout.check_batch(options.batch, 1, mesh)
     with locked(out / f".host-{options.host}-of-{options.hosts}"), jax.set_mesh(mesh):
         reader = config.data.source.open()
         tokenize = frozen.tokenizer(config, reader) if options.text else None
         if options.text and tokenize is None:
             raise InputError("frozen.text='': is needed for text states; --no-text leaves them out")
-        names = {"image"} | ({"ids", "ids_mask"} if options.text else set())
+        names = {"image"} | ({"ids", "ids_mask"} if options.text else {"states"})  # that no network has to make
         constants, _ = frozen.load(config, names, reader, mesh)
+        wanted, found = config.objective.scaling_factor, constants.modules["dc_ae"].scaling_factor
+        if wanted != found:
+            raise InputError(f"objective.scaling_factor={wanted}: the autoencoder's is {found}")
         meta = _describe(config, options, reader, tokenize, constants)
         _claim(out, meta)
         if options.text:
@@ -109,6 +125,7 @@ def _describe(config, options, reader, tokenize, constants):
         "size": data.size,
         "buckets": data.buckets,
         "dc_ae": state_hash(constants.params["dc_ae"]),
+        "scaling_factor": constants.modules["dc_ae"].scaling_factor,
         "dc_ae_dtype": np.dtype(constants.modules["dc_ae"].dtype).name,
         "text": options.text,
     }
@@ -145,6 +162,11 @@ def _write_array(path, array):
     os.replace(partial, path)
 
 
+def _passing(bad):
+    """Whether a BadRecord may be a good one next time: I/O, or an unknown failure, and nothing in its content."""
+    return bad.reason == "error" or bad.reason == "unreadable" and isinstance(bad.__cause__, OSError)
+
+
 @functools.partial(jax.jit, static_argnames="dc_ae")
 def _latents(params, images, *, dc_ae):
     """uint8 [b H W 3] -> the autoencoder's own latents [b h w c]."""
@@ -175,6 +197,7 @@ class _Work:
                 for batch in self._ahead(pool, rows):
                     found |= self._encode(*batch)
                     progress.update(len(batch[1]))
+                self._require_whole(out / name, found)
                 with Writer(out / name) as writer:
                     for row in rows:
                         height, width = self.shapes[self.places[row]]
@@ -183,6 +206,16 @@ class _Work:
                         counts.update([bad.reason] if bad else [])
                         writer.write(Record(self.reader.key(row)) if bad else record, (width, height), bad)
         return counts
+
+    def _require_whole(self, path, found):
+        """Raises NotWhole: some of {row: Record or BadRecord} failed for a reason that is not theirs."""
+        failed = [(row, bad) for row, bad in found.items() if isinstance(bad, BadRecord) and _passing(bad)]
+        if failed:
+            told = "".join(f"\n  {self.reader.key(row)}: {bad}" for row, bad in failed[:EXAMPLES])
+            raise NotWhole(
+                f"{path}: not written, {len(failed)} of {len(found)} records could not be read now; the same command "
+                f"tries again:{told}" + (f"\n  and {len(failed) - EXAMPLES} more" if len(failed) > EXAMPLES else "")
+            )
 
     def _rows(self, name):
         start = int(name.partition(".")[0]) * self.options.shard_records
@@ -277,6 +310,9 @@ def main(arguments=None):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NotWhole as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{options.out}: done" + "".join(f", {count} {reason}" for reason, count in counts.most_common()))
     return 0
 

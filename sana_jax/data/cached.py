@@ -48,6 +48,11 @@ class CachedReader(ShardReader):
         self.path, self.meta = path, meta
 
     @property
+    def scaling_factor(self):
+        """Of the autoencoder that made the latents; None where the cache does not say."""
+        return self.meta.get("scaling_factor")
+
+    @property
     def null(self):
         """States of the empty caption, float16 [m d], padding included; None where no states are cached."""
         if not self.meta["text"]:

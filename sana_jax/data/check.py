@@ -18,10 +18,11 @@ import sys
 import numpy as np
 import tqdm
 
-from sana_jax.data import buckets, images
-from sana_jax.data.assemble import finite, read_one
+from sana_jax.data import assemble, buckets, images
 from sana_jax.data.captions import Captions, usable
+from sana_jax.data.loader import INPUTS
 from sana_jax.data.records import BadRecord
+from sana_jax.data.schedule import Schedule
 from sana_jax.data.sources import guess
 from sana_jax.errors import InputError
 
@@ -32,7 +33,8 @@ WINDOW = 4096  # records on their way at a time
 @dataclasses.dataclass
 class Findings:
     """counts: of records by what they have.  captions, scores: of each captioner.  shapes: good records
-    by (height, width).  bad: {reason: [count, examples]}.  notes: of the source as a whole."""
+    by (height, width).  bad: {reason: [count, examples]}.  notes: of the source as a whole,
+    and why training would not begin."""
 
     records: int = 0
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -48,11 +50,14 @@ class Findings:
         return bool(self.bad or self.notes)
 
 
-def check(reader, *, size=512, aspect=True, captions=Captions(), texts=True, pixels=True, threads=None):
+def check(
+    reader, *, size=512, aspect=True, captions=Captions(), tokens=300, inputs=INPUTS, texts=True, pixels=True, threads=None
+):
     """Looks at every record of a reader; returns `Findings`.
 
     Args:
-      size, aspect: as `Data.size` and `Data.buckets`.
+      size, aspect, tokens: as `Data.size`, `Data.buckets` and `Data.tokens`.
+      inputs: what the objective can use, as in the loader.
       captions: a record must have one that this can choose, where `texts`.
       pixels: decode pictures, instead of reading their headers only.
     """
@@ -60,48 +65,70 @@ def check(reader, *, size=512, aspect=True, captions=Captions(), texts=True, pix
     sizes = reader.sizes
     places = buckets.assign(sizes, size) if aspect else np.zeros(len(sizes), int)
 
-    def look(row):
-        record = read_one(reader, row)
-        if isinstance(record, BadRecord):
-            return record
-        try:
-            return _look(record, shapes[places[row]], captions if texts else None, pixels)
-        except BadRecord as bad:
-            return bad
-        except Exception as error:
-            return BadRecord("error", f"{type(error).__name__}: {error}")
+    look = _Look(shapes, captions, tokens, inputs, texts, pixels)
+    try:
+        look.contents = look.contents_of(reader, lambda row: shapes[places[row]])
+    except InputError as error:  # then each record by what it has itself
+        found.notes.append(f"training would not begin: {error}")
+
+    def look_at(row):
+        record = assemble.read_one(reader, row)
+        return record if isinstance(record, BadRecord) else look(record, int(places[row]))
 
     threads = threads or min(32, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         progress = tqdm.tqdm(total=len(reader), unit=" records", disable=None, leave=False)
         for start in range(0, len(reader), WINDOW):
             rows = range(start, min(start + WINDOW, len(reader)))
-            for row, seen in zip(rows, pool.map(look, rows)):
+            for row, seen in zip(rows, pool.map(look_at, rows)):
                 _note(found, reader, row, seen, shapes[places[row]])
                 progress.update()
         progress.close()
     notes = getattr(reader, "notes", {})
-    found.notes = [*notes.get("damage", ()), *notes.get("refused", ())]
+    found.notes += [*notes.get("damage", ()), *notes.get("refused", ())]
     return found
 
 
-def _look(record, shape, captions, pixels):
-    """(what it has, {captioner: characters}, {captioner: score}).  Raises BadRecord."""
-    has = {name for name, array in record.arrays.items() if array is not None}
-    if record.image is not None:
-        has.add("picture")
-        if pixels:
-            images.decode(record.image, *shape)
-        else:
-            images.header(record.image)
-    for name in has & {"latent", "states"}:
-        if not finite(record.arrays[name]):
-            raise BadRecord("features", f"{name} is not finite")
-    lengths = {}
-    if captions is not None and "states" not in has:
-        lengths = {name: len(text) for name, text in usable(record).items()}
-        captions.choose(record, np.random.default_rng(0))
-    return has, lengths, record.scores
+class _Look:
+    """Puts records into rows of batches, as training would.
+
+    contents: of every batch, None for that of each record.
+    """
+
+    def __init__(self, shapes, captions, tokens, inputs, texts, pixels):
+        self.inputs, self.texts, self.pixels, self.contents = inputs, texts, pixels, None
+        self.row = assemble.Assemble(
+            reader=None, schedule=Schedule((1,), 1, 0), members=None, shapes=shapes, contents=None, captions=captions,
+            tokenize=None, length=tokens, seed=0, start=0, stop=1,
+        )  # fmt: skip
+
+    def contents_of(self, reader, shape_of):
+        """Raises InputError: a loader would not begin."""
+        return assemble.contents(reader, self.inputs, shape_of, _ids if self.texts else None)
+
+    def __call__(self, record, place):
+        """(what it has, {captioner: characters}, {captioner: score}), or a BadRecord."""
+        try:
+            contents = self.contents or self.contents_of([record], lambda _: self.row.shapes[place])
+            header = contents.image and record.image is not None and not self.pixels
+            if header:
+                images.header(record.image)
+            row = dataclasses.replace(self.row, contents=contents._replace(image=contents.image and not header))
+            row.fill(assemble.zeros(row.layout(place)), 0, record)
+            texts = usable(record) if contents.texts else {}
+        except InputError as error:
+            return BadRecord("features" if record.arrays else "unreadable", str(error))
+        except BadRecord as bad:
+            return bad
+        except Exception as error:
+            return BadRecord("error", f"{type(error).__name__}: {error}")
+        has = {name for name, array in record.arrays.items() if array is not None}
+        return has | ({"picture"} if record.image is not None else set()), {n: len(t) for n, t in texts.items()}, record.scores
+
+
+def _ids(texts):
+    """Stands for a tokenizer."""
+    return {"ids": np.zeros((len(texts), 1), np.int32)}
 
 
 def _note(found, reader, row, seen, shape):
@@ -136,7 +163,7 @@ def report(found):
     for reason, (count, examples) in sorted(found.bad.items()):
         lines += [f"{count} bad records, {reason}, such as", *(f"  {example}" for example in examples)]
     if found.notes:
-        lines += [f"{len(found.notes)} problems of files", *(f"  {note}" for note in found.notes[: 10 * EXAMPLES])]
+        lines += [f"{len(found.notes)} problems of the source", *(f"  {note}" for note in found.notes[: 10 * EXAMPLES])]
     lines.append("something is wrong" if found.wrong else "nothing is wrong")
     return lines
 
@@ -149,7 +176,8 @@ def _open(options, overrides):
         source = guess(options.what)
         if hasattr(source, "allow_damaged"):
             source = dataclasses.replace(source, allow_damaged=True)  # the damage is reported
-        return source.open(), dict(size=options.size, aspect=not options.square, texts=options.texts)
+        how = dict(size=options.size, aspect=not options.square, tokens=options.tokens, texts=options.texts)
+        return source.open(), how
     from sana_jax import experiment
 
     config = experiment.load(options.what, overrides)
@@ -162,7 +190,8 @@ def _open(options, overrides):
         dataclasses.replace(data.source, allow_damaged=True) if hasattr(data.source, "allow_damaged") else data.source
     )
     captions = data.captions or Captions()
-    return source.open(), dict(size=data.size, aspect=data.buckets, captions=captions, texts="texts" in reads)
+    how = dict(size=data.size, aspect=data.buckets, captions=captions, tokens=data.tokens, inputs=reads)
+    return source.open(), how | {"texts": "texts" in reads}
 
 
 def main(arguments=None):
@@ -178,6 +207,7 @@ def main(arguments=None):
     parser.add_argument(
         "--no-captions", dest="texts", action="store_false", help="of a folder: pictures need no captions"
     )
+    parser.add_argument("--tokens", type=int, default=300, help="of a folder: the most states of a caption (300)")
     parser.add_argument("--headers", action="store_true", help="do not decode pictures, which is most of the time")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     options, overrides = parser.parse_known_args(arguments)
@@ -191,7 +221,8 @@ def main(arguments=None):
         shapes = {f"{height}x{width}": count for (height, width), count in found.shapes.items()}
         print(json.dumps(vars(found) | {"shapes": shapes}, indent=2, sort_keys=True))
     else:
-        print("\n".join(report(found)))
+        encoding = sys.stdout.encoding or "utf-8"  # names of files need not be text
+        print("\n".join(report(found)).encode(encoding, "backslashreplace").decode(encoding))
     return 1 if found.wrong else 0
 
 

@@ -43,7 +43,7 @@ class Folder:
     latent_scale: float = 1.0
 
     def open(self):
-        """A `FolderReader`.  Raises InputError: no such folder, or no pictures in it."""
+        """A `FolderReader`.  Raises InputError: no such folder, no pictures in it, or an I/O error on the way."""
         found, inside = scan(self.path, self.recursive, images.ENDINGS, SIDES)
         if not found:
             hint = f"; {inside} folders inside: recursive=True reads them" if inside else ""
@@ -143,17 +143,18 @@ def scan(top, recursive, mains, sides):
                     elif os.path.splitext(entry.name)[1].lower() in mains + sides:
                         files[entry.name] = _stamp(entry)
         except OSError as error:
-            raise InputError(f"{os.path.join(top, folder)}: cannot be read ({error.strerror})") from error
+            raise index.unreadable(error.filename or os.path.join(top, folder), error) from error
         found += [(os.path.join(folder, name), *stamp, sides) for name, stamp, sides in _together(files, mains)]
     return sorted(found, key=lambda row: os.fsencode(row[0])), inside
 
 
 def _stamp(entry):
+    """(bytes, time) of a file, -1 0 of what is none: a link to nothing, a pipe.  Raises OSError."""
     try:
         found = entry.stat()
-    except OSError:  # a link to nothing, say: a bad record, but one
+    except FileNotFoundError:
         return -1, 0
-    return found.st_size, found.st_mtime_ns
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, 0)
 
 
 def _together(files, mains):
@@ -193,7 +194,7 @@ def _make(source, path, found, subject):
         rel = rel.encode("utf-8", "surrogateescape")
         if (rel, size, time) in known:
             table[i]["size"] = known[rel, size, time]
-        else:
+        elif size >= 0:
             new.append(i)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         paths = (os.path.join(source.path, found[i][0]) for i in new)
@@ -209,15 +210,21 @@ def _picture_size(path):
     try:
         with _open(path) as file:
             return images.read_header(lambda most: os.pread(file.fileno(), most, 0)).shown
-    except (BadRecord, OSError):
+    except BadRecord:
         return 0, 0
+    except OSError as error:
+        raise index.unreadable(path, error) from error
 
 
 def _latent_size(path):
+    path = os.path.splitext(path)[0] + ".npy"
     try:
-        return side_files.latent_size(_bytes(os.path.splitext(path)[0] + ".npy", side_files.LARGEST_FEATURES))
+        with _open(path) as file:
+            return side_files.latent_size(file.read(side_files.LARGEST_FEATURES + 1))
     except BadRecord:
         return 0, 0
+    except OSError as error:
+        raise index.unreadable(path, error) from error
 
 
 def _open(path):
@@ -236,7 +243,7 @@ def _bytes(path, largest):
             data = file.read(largest + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadRecord("unreadable", f"{os.path.basename(path)}: {reason}") from None
+        raise BadRecord("unreadable", f"{os.path.basename(path)}: {reason}") from error
     if len(data) > largest:
         raise BadRecord("too_large", f"{os.path.basename(path)}: more than {largest >> 20} MB")
     return data

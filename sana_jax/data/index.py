@@ -5,6 +5,7 @@ processes of a machine share it.  Its name holds what it was made from: an index
 has changed since is never found.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -28,6 +29,11 @@ class Index(NamedTuple):
         """The bytes at (offset, size) of the heap."""
         offset, size = (int(n) for n in span)
         return self.heap[offset : offset + size].tobytes()
+
+
+def unreadable(path, error):
+    """An InputError of an OSError: it is no property of the file, so that no index may remember it."""
+    return InputError(f"{path}: cannot be read ({errno.errorcode.get(error.errno, error.errno)}, {error.strerror})")
 
 
 def folder():

@@ -14,6 +14,7 @@ A batch is a dict of numpy arrays, this host's rows of the global batch:
 
 import collections
 import functools
+import hashlib
 import time
 
 import numpy as np
@@ -56,7 +57,7 @@ class Loader:
         require_positive("data.batch", data.batch)
         require_range("data.workers", data.workers, 0, 1024)
         require_range("data.threads", data.threads, 1, 1024)
-        require_range("data.buffer", data.buffer, 1, 1024)
+        require_range("data.buffer", data.buffer, 1, 4096)
         if data.batch % hosts:
             raise InputError(f"data.batch={data.batch}: must be a multiple of the {hosts} processes")
         if len(reader) == 0:
@@ -143,6 +144,13 @@ class Loader:
 
     def __exit__(self, *_):
         self.close()
+
+    def fingerprint(self):
+        """32 hex digits, of all that the order depends on: the reader's, and what is in each bucket."""
+        found = hashlib.sha256(repr((self._batch.reader.fingerprint(), self._batch.shapes)).encode())
+        for members in self._batch.members or ():
+            found.update(np.int64(len(members)).tobytes() + np.ascontiguousarray(members, "<i8").tobytes())
+        return found.hexdigest()[:32]
 
     def where(self, positions):
         """For messages: the key of the record that each global sample number stands for."""

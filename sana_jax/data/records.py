@@ -1,10 +1,8 @@
 """What a reader gives back for one record, and why one may be bad.
 
 A reader has `len(reader)`, `reader.sizes` (int32 [n 2], width and height, 0 0 where unknown),
-`reader[i]` (a Record, or BadRecord raised) and `reader.fingerprint()`; it can be pickled.  Two more
-are used where a reader has them: `reader.__getitems__(indices)`, a list with a Record or a BadRecord
-(returned, not raised) for each, where many are read at the cost of one; and `reader.key(i)`, the name
-of a record without reading it.
+`reader[i]` (a Record, or BadRecord raised) and `reader.fingerprint()`; it can be pickled.  One more is
+used where a reader has it: `reader.key(i)`, the name of a record without reading it.
 """
 
 from typing import NamedTuple

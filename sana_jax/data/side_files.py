@@ -8,7 +8,8 @@
     <stem>.npy               latent [c h w] or [1 c h w]
     <stem>.npz               caption_feature [.. m d], attention_mask [.. m]
 
-Whether a caption is a text is asked when it is chosen: a broken one does no harm to an autoencoder.
+Whether a caption is a text is asked when it is chosen: one that is none does no harm where no texts
+are read.  A file that cannot be parsed or read at all makes the record bad for everything.
 """
 
 import io
@@ -20,16 +21,18 @@ import numpy as np
 
 from sana_jax.data.captions import MAIN
 from sana_jax.data.records import BadRecord
+from sana_jax.resolution import PATCH
 
 LARGEST_TEXT = 4 << 20  # bytes of a .txt, or of a .json of one picture
 LARGEST_FEATURES = 256 << 20
-PATCH = 32  # pixels per latent
 FLOATS = {np.dtype(d) for d in ("f2", "f4", "f8")}
 NAMES = {"caption_feature": "states", "attention_mask": "mask"}
 
 
 def parse_text(data):
-    """{"prompt": first line}.  Bytes that are not UTF-8 are kept, as characters that no text has."""
+    """{"prompt": first line}, {} of no bytes.  What is not UTF-8 is kept, as characters that no text has."""
+    if not data:
+        return {}
     text = bounded(data).decode("utf-8-sig", "surrogateescape")
     return {MAIN: next(iter(text.splitlines()), "")}
 

@@ -3,6 +3,7 @@
 import bisect
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -41,7 +42,7 @@ class Tar:
     allow_damaged: bool = False
 
     def open(self):
-        """A `TarReader`.  Raises InputError: no tars, or damaged ones."""
+        """A `TarReader`.  Raises InputError: no tars, damaged ones, or an I/O error on the way."""
         single = os.path.isfile(self.path)
         top = os.path.dirname(self.path) if single else self.path
         found, _ = scan(top or ".", self.recursive and not single, (".tar",), (".json",))
@@ -74,7 +75,7 @@ class Tar:
             try:
                 index.write(place, *tar_index.build(path, beside, self.features))
             except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+                raise index.unreadable(path, error) from error
         return path, place, size
 
 
@@ -171,7 +172,8 @@ def _read(path, size, row, part, largest):
         file = _open(path, size)
         data = os.pread(file.descriptor, length, offset) if file.fits else b""
     except OSError as error:
-        raise BadRecord("unreadable", f"{os.path.basename(path)}: {error.strerror}") from None
+        raise BadRecord("unreadable", f"{os.path.basename(path)}: {error.strerror}") from error
     if not file.fits or len(data) != length:
-        raise BadRecord("unreadable", f"{os.path.basename(path)}: has changed since it was indexed")
+        changed = f"{os.path.basename(path)}: has changed since it was indexed"
+        raise BadRecord("unreadable", changed) from OSError(errno.ESTALE, changed)  # no property of the record
     return data

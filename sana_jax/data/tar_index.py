@@ -25,6 +25,7 @@ def build(path, beside, features):
     Args:
       beside: {name: path} of JSON files {key: {...}}.
       features: the sizes are those of the latents.
+    Raises OSError of the tar, InputError of the others.
     """
     rows, damage, refused = {}, [], []
     with open(path, "rb", buffering=0) as file:
@@ -39,7 +40,9 @@ def build(path, beside, features):
         try:
             with open(side, "rb") as file:
                 found = side_files.parse_json(file.read())
-        except (OSError, BadRecord) as error:
+        except OSError as error:
+            raise index.unreadable(side, error) from error
+        except BadRecord as error:
             damage.append(f"{side}: {error}")
             continue
         for row in rows.values():
@@ -74,7 +77,7 @@ def _size(file, row, features):
         if features:
             return side_files.latent_size(os.pread(file.fileno(), min(size, side_files.LARGEST_FEATURES + 1), offset))
         return images.read_header(lambda most: os.pread(file.fileno(), min(size, most), offset)).shown
-    except (BadRecord, OSError):
+    except BadRecord:
         return 0, 0
 
 

@@ -29,6 +29,7 @@ class Tokenizer:
         self._open()
         empty = self.tokenize([""])
         self.length, self.selection = empty.ids.shape[1], empty.selection
+        self.vocab_size = len(self._tokenizer)
 
     def _open(self):
         self._tokenizer = text.load_tokenizer(self.folder)

@@ -1,10 +1,14 @@
 """The networks that a run uses and does not train, and the tokenizer of its captions."""
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
+import shutil
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sana_jax import precision, programs, text
 from sana_jax.checkpoints.read import read_json
@@ -33,7 +37,14 @@ def load(config, names, reader, mesh):
       reader: of the data, which brings the states of the empty caption where text states are cached.
     Raises InputError: a network that is needed is not given, or is another kind of model.
     """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(array):
+        return jax.make_array_from_process_local_data(everywhere, np.asarray(array))
+
     params, remarks = config.objective.load()
+    params = jax.tree.map(put, params)
+    _require_scale(config.objective, names, reader)
     needed = config.objective.frozen_needed(names)
     if config.preview.every and isinstance(config.objective, Flow):
         needed = needed | {"dc_ae"} | ({"text"} if config.preview.prompts else set())
@@ -43,11 +54,27 @@ def load(config, names, reader, mesh):
             if not (source := getattr(config.frozen, name)):
                 raise InputError(f"frozen.{name}='': is needed for these data; name a folder or a published model")
             modules[name], params[name] = _read(source, cls, mesh)
+            _require_fit(config, name, modules[name])
     if "text" in modules:
         params |= _fixed_texts(config, modules["text"], params["text"])
-    elif (null := getattr(reader, "null", None)) is not None:
-        params["null"] = jax.device_put(null)
+    null = getattr(reader, "null", None)
+    if null is not None and "states" in names:  # made by the encoder that made the states
+        params["null"] = put(null)
     return Frozen(modules, params), remarks
+
+
+def _require_scale(objective, names, reader):
+    """Raises InputError: latents of an autoencoder with another scaling factor than the objective's."""
+    made = getattr(reader, "scaling_factor", None)
+    if "latent" in names and made is not None and made != objective.scaling_factor:
+        raise InputError(f"objective.scaling_factor={objective.scaling_factor}: these latents were made for {made}")
+
+
+def _require_fit(config, name, module):
+    """Raises InputError: a frozen network whose width is not what the transformer reads."""
+    own, given = {"dc_ae": ("latent_channels", "latent_channels"), "text": ("caption_width", "width")}[name]
+    if (wanted := getattr(config.model, own)) != (found := getattr(module, given)):
+        raise InputError(f"model.{own}={wanted}: frozen.{name}={getattr(config.frozen, name)!r} has {given}={found}")
 
 
 def _read(source, cls, mesh):
@@ -74,18 +101,36 @@ def tokenizer(config, reader):
     A text encoder that is trained without a tokenizer gets one from the captions, once: process 0
     writes it to the run's folder while the others wait.
     """
-    if "texts" not in config.objective.reads:
+    if not _reads_captions(config, reader):
         return None
     if not config.frozen.text:
         if not isinstance(config.model, Gemma2):
             return None
+        if config.init.weights:
+            raise InputError(
+                f"frozen.text='': init.weights={config.init.weights!r} knows the tokens of its own tokenizer; name where it "
+                "is (of a run, the run itself)"
+            )
         folder = tokenizer_folder(config)
-        if jax.process_index() == 0 and not folder.is_dir():
+        if jax.process_index() == 0 and not initialise.has_steps(config.workdir):
+            shutil.rmtree(folder, ignore_errors=True)  # of a start that came to nothing, perhaps of other data
             learned = learn(_all_captions(reader), config.model.vocab_size)
             with new_folder(folder) as partial:
                 learned.save_pretrained(partial)
         processes.meet("tokenizer")
-    return Tokenizer(tokenizer_folder(config), instruction(config), config.data.tokens)
+    found = Tokenizer(tokenizer_folder(config), instruction(config), config.data.tokens)
+    if isinstance(config.model, Gemma2) and found.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.model.vocab_size}: {tokenizer_folder(config)} has {found.vocab_size} tokens"
+        )
+    return found
+
+
+def _reads_captions(config, reader):
+    """Whether captions are turned into ids: cached states need none, but for prompts of previews."""
+    if "texts" not in config.objective.reads:
+        return False
+    return getattr(reader, "null", None) is None or bool(config.preview.every and config.preview.prompts)
 
 
 def tokenizer_folder(config):
@@ -98,12 +143,19 @@ def tokenizer_folder(config):
     return beside if beside.is_dir() else folder
 
 
-def with_instruction(config):
+def with_instruction(config, reader):
     """The experiment with the words of its instruction in `frozen.chi`, where "auto" may stand.
 
     What "auto" finds depends on the machine; a run, and what is exported of it, keeps the words.
+    Raises InputError: text states were cached with other words.
     """
-    return dataclasses.replace(config, frozen=dataclasses.replace(config.frozen, chi=instruction(config) or "none"))
+    made = getattr(reader, "meta", {}).get("instruction")
+    if not config.frozen.text or not (made or _reads_captions(config, reader)):
+        return config
+    words = instruction(config)
+    if made and made != hashlib.sha256(words.encode()).hexdigest():
+        raise InputError(f"frozen.chi={config.frozen.chi!r}: these text states were cached with another instruction")
+    return dataclasses.replace(config, frozen=dataclasses.replace(config.frozen, chi=words or "none"))
 
 
 def instruction(config):

@@ -117,6 +117,12 @@ def run_config(run_dir):
     return config
 
 
+def has_steps(path):
+    """Whether a run has a checkpoint, usable or not."""
+    folder = pathlib.Path(path) / "checkpoints"
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def run_model(run_dir):
     """The module that a run trains, from its config.json."""
     file, described = pathlib.Path(run_dir) / CONFIG, run_config(run_dir)["model"]

@@ -71,7 +71,9 @@ def state_shardings(abstract_state, module, mesh):
             problems.append(f"{jax.tree_util.keystr(keys)} {leaf.shape}")
         out.append(found)
     if problems:
-        raise ValueError("no parameter has the path and shape of these leaves of the state:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            "no parameter has the path and shape of these leaves of the state:\n  " + "\n  ".join(problems)
+        )
     return jax.tree.unflatten(jax.tree.structure(abstract_state), out)
 
 
@@ -152,13 +154,13 @@ def check_batch(batch, accumulate, mesh):
     if batch % step:
         near = " or ".join(str(n) for n in (batch // step * step, (batch // step + 1) * step) if n)
         raise InputError(
-            f"data.batch={batch}: must be a multiple of {step}, optim.accumulate={accumulate} times {shards} devices along "
-            f"data and fsdp; {near}"
+            f"data.batch={batch}: must be a multiple of {step}, optim.accumulate={accumulate} times {shards} devices "
+            f"along data and fsdp; {near}"
         )
     processes = [{device.process_index for device in row.flat} for row in mesh.devices.reshape(shards, -1)]
     shares = collections.Counter(min(row) for row in processes)
     if any(len(row) > 1 for row in processes) or len(set(shares.values())) > 1:
         raise InputError(
-            f"mesh.tensor={mesh.shape.get('tensor', 1)}: spreads the same rows over several processes, each of which reads "
-            "rows of its own; it must divide the devices of one process"
+            f"mesh.tensor={mesh.shape.get('tensor', 1)}: spreads the same rows over several processes, each of which "
+            "reads rows of its own; it must divide the devices of one process"
         )

@@ -19,7 +19,7 @@ def memory_plan(state, shardings, mesh, compiled, step_flops=None):
       compiled: the step, as jax.stages.Compiled.
       step_flops: of one step on all devices together, see `flops.train_flops`.
     """
-    device, count = mesh.devices.flat[0], mesh.devices.size
+    device, count = mesh.local_devices[0], mesh.devices.size  # others do not say what they have
     numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [f"{numbers / 1e6:,.1f} M parameters on {count} x {device.device_kind} ({axes})"]

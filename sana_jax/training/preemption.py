@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,7 +19,7 @@ class Preemption:
             program = preemption.while_waiting(lowered.compile)
             for ...:
                 step()
-                if preemption.requested(i):
+                if preemption.requested():
                     save(); break
 
     One process: our own handler.  One of many: jax.distributed.initialize has installed the runtime's
@@ -29,6 +30,7 @@ class Preemption:
     def __init__(self, log=None):
         self._log = log or (lambda text: print(text, file=sys.stderr, flush=True))
         self._signal, self._before, self._thread = None, {}, None
+        self._asked = 0
 
     def __enter__(self):
         handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
@@ -37,14 +39,17 @@ class Preemption:
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._thread is not None and self._thread.is_alive():
             # A compilation cannot be stopped, and ending the interpreter under it crashes.
+            done = isinstance(error, SystemExit) and not error.code
+            if not done:
+                traceback.print_exception(kind, error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(0 if done else 1)
 
     def _note(self, number, _):
         self._signal = number
@@ -54,10 +59,15 @@ class Preemption:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def requested(self, step):
-        """Whether to save and stop behind this step; every process calls it once for every step."""
+    def requested(self):
+        """Whether to save and stop behind this step; every process calls it once for every step.
+
+        The runtime agrees on a number behind those that it has seen, and waits for exactly that one.  So
+        these are calls, which go up by one from 1, in runs that go on and from one stage to the next.
+        """
+        self._asked += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._signal is not None
 
     def while_waiting(self, function, before_leaving=lambda: None):

@@ -11,6 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sana_jax.errors import InputError
+
 LONGEST = 1024  # bytes of a text
 _meetings = itertools.count()  # a name is good for one meeting
 
@@ -24,6 +26,19 @@ def from_first(text):
     data = np.frombuffer(said.encode()[:LONGEST], np.uint8)
     row[: data.size] = data
     return bytes(multihost_utils.broadcast_one_to_all(row)).rstrip(b"\0").decode(errors="replace")
+
+
+def the_same(what, digest):
+    """`digest`, hexadecimal, if all processes give the same.
+
+    Raises InputError, in every process: `what` differs between them.
+    """
+    if jax.process_count() > 1:
+        mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        rows = multihost_utils.process_allgather(mine)
+        if others := [i for i, row in enumerate(rows) if (row != rows[0]).any()]:
+            raise InputError(f"{what} of process {others[0]} are not those of process 0; all must see the same")
+    return digest
 
 
 def together(work, kinds):

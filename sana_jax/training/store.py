@@ -31,6 +31,7 @@ from sana_jax.training.reading import read_meta as read_meta
 from sana_jax.training.reading import read_params as read_params
 
 TRASH, TEMPORARY, PRIVATE = "trash", ".orbax-checkpoint-tmp", 0o700
+SLICE = 16 << 20  # bytes from which devices with the same data write a part each; every cut is a program to compile
 SPARE = 1.3  # free space that must be there, in sizes of the state
 
 
@@ -63,8 +64,11 @@ class Store:
         problem = from_first(self._prepare)
         if problem:
             raise InputError(problem)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+        state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)))
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), file_options=ocp.options.FileOptions(path_permission_mode=PRIVATE)
+            ocp.CompositeCheckpointHandler(state=state, meta=ocp.JsonCheckpointHandler()),
+            file_options=ocp.options.FileOptions(path_permission_mode=PRIVATE),
         )
         self._tidier = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._tidying = None
@@ -133,7 +137,7 @@ class Store:
             self._pending = self._newest = step
             self._writer.save(
                 epath.Path(self.directory / str(step)),
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record)),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record)),
             )
         except Exception as error:  # orbax raises ValueError, RuntimeError, OSError ...
             self._failed(error)

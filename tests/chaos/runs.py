@@ -170,8 +170,16 @@ def patiently(found, seconds):
 
 
 def shared_memory():
-    """Names in /dev/shm."""
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """Names in /dev/shm that no living process uses: what a dead one left, here or elsewhere."""
+    names = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    for entry in pathlib.Path("/proc").iterdir() if names else ():
+        if entry.name.isdigit():
+            try:
+                used = (entry / "maps").read_text()
+            except OSError:  # gone, or not ours to read
+                continue
+            names = {name for name in names if f"/dev/shm/{name}" not in used}
+    return names
 
 
 def free_port():

@@ -19,24 +19,36 @@ def of(*shape, dtype=jnp.float32):
 
 
 def sana_batch(rows, side, tokens=300, width=2304):
-    return {"latent": of(rows, side, side, 32), "states": of(rows, tokens, width), "mask": of(rows, tokens, dtype=bool)}
+    return {
+        "latent": of(rows, side, side, 32),
+        "states": of(rows, tokens, width),
+        "mask": of(rows, tokens, dtype=bool),
+    }
 
 
 def forward(module, side):
     return flops.forward(module, of(1, side, side, 32), of(1), of(1, 300, 2304), of(1, 300, dtype=bool))
 
 
-@pytest.mark.parametrize("module, side, tera", [(SANA_600M, 32, 1.12), (SANA_1600M, 16, 0.837), (SANA_1600M, 32, 2.97)])
+@pytest.mark.parametrize(
+    "module, side, tera", [(SANA_600M, 32, 1.12), (SANA_1600M, 16, 0.837), (SANA_1600M, 32, 2.97)]
+)
 def test_published_transformers(module, side, tera):
     """Independent counts by torch's FlopCounterMode, which has the depthwise convolution too."""
     assert forward(module, side) == pytest.approx(tera * TERA, rel=0.005)
 
 
 def test_published_autoencoder_and_text_encoder():
-    assert flops.forward(DC_AE_F32C32_SANA, of(1, 1024, 1024, 3), method="encode") == pytest.approx(5.18 * TERA, rel=0.005)
-    assert flops.forward(DC_AE_F32C32_SANA, of(1, 32, 32, 32), method="decode") == pytest.approx(8.37 * TERA, rel=0.005)
+    assert flops.forward(DC_AE_F32C32_SANA, of(1, 1024, 1024, 3), method="encode") == pytest.approx(
+        5.18 * TERA, rel=0.005
+    )
+    assert flops.forward(DC_AE_F32C32_SANA, of(1, 32, 32, 32), method="decode") == pytest.approx(
+        8.37 * TERA, rel=0.005
+    )
     # The other count takes causal attention as half of the matrix, ours is of what is computed.
-    assert flops.forward(GEMMA2_2B, of(1, 300, dtype=jnp.int32), of(1, 300, dtype=bool)) == pytest.approx(1.22 * TERA, rel=0.02)
+    assert flops.forward(GEMMA2_2B, of(1, 300, dtype=jnp.int32), of(1, 300, dtype=bool)) == pytest.approx(
+        1.22 * TERA, rel=0.02
+    )
 
 
 def test_products_convolutions_and_loops_by_hand():
@@ -83,14 +95,18 @@ def test_a_step_is_three_passes_of_what_is_trained():
 
 def test_live_features_add_a_pass_of_each_network():
     model = Sana(64, 1, 2, 2, caption_width=32)
-    text, dc_ae = Gemma2(64, 32, 1, 2, 1, 16, 64), DCAE(32, widths=(8, 8, 8, 8, 8, 32), encoder_attention=(None,) * 6, decoder_attention=(None,) * 6)
+    text, dc_ae = (
+        Gemma2(64, 32, 1, 2, 1, 16, 64),
+        DCAE(32, widths=(8, 8, 8, 8, 8, 32), encoder_attention=(None,) * 6, decoder_attention=(None,) * 6),
+    )
     frozen = Frozen({"text": text, "dc_ae": dc_ae}, {"null": of(6, 32)})
     live = {"image": of(2, 64, 64, 3), "ids": of(2, 9, dtype=jnp.int32), "ids_mask": of(2, 9, dtype=bool)}
     more = flops.train_flops(model, live, frozen) - flops.train_flops(model, sana_batch(2, 2, 6, 32))
     encoded = flops.forward(dc_ae, live["image"], method="encode")
     assert more == encoded + flops.forward(text, live["ids"], live["ids_mask"])
     prefix = jax.eval_shape(
-        lambda ids: text.init_with_output(jax.random.key(0), ids, method="encode_prefix")[0], of(1, 3, dtype=jnp.int32)
+        lambda ids: text.init_with_output(jax.random.key(0), ids, method="encode_prefix")[0],
+        of(1, 3, dtype=jnp.int32),
     )
     less = flops.train_flops(model, live, Frozen(frozen.modules, frozen.params | {"prefix": prefix}))
     assert less - flops.train_flops(model, sana_batch(2, 2, 6, 32)) - encoded < 0.8 * (more - encoded)
@@ -102,7 +118,9 @@ def test_the_other_objectives():
     image = of(2, 32, 32, 3)
     plain = flops.train_flops(dc_ae, {"image": image})
     assert plain == 3 * flops.forward(dc_ae, image)
-    weights = jax.eval_shape(lambda: lpips.LPIPS().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 32, 32, 3))))
+    weights = jax.eval_shape(
+        lambda: lpips.LPIPS().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 32, 32, 3)))
+    )
     assert flops.train_flops(dc_ae, {"image": image}, Frozen({}, {"lpips": weights["params"]})) > 2 * plain
     text = Gemma2(512, 32, 1, 2, 1, 16, 64)
     ids, mask = of(2, 9, dtype=jnp.int32), of(2, 9, dtype=bool)

@@ -5,12 +5,15 @@ The table for other sizes and meshes is docs/memory.md, written by benchmarks/me
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from sana_jax import aot, experiment
 from sana_jax.aot import programs
 from sana_jax.aot.compiling import NO_TRITON_GEMM, overheard
-from sana_jax.training import layout
+from sana_jax.models.sana import SANA_600M
+from sana_jax.training import initialise, layout
 
 pytestmark = [
     pytest.mark.static,
@@ -34,7 +37,13 @@ def compiled(name, overrides, mesh, cached=True):
 
 def test_the_whole_model_at_512_px():
     """64 rows a card, CAME and a moving average; docs/memory.md has 33 GiB."""
-    overrides = ["model.sample_size=16", "data.size=512", "data.batch=512", "model.remat=products", "optim.ema=0.9999"]
+    overrides = [
+        "model.sample_size=16",
+        "data.size=512",
+        "data.batch=512",
+        "model.remat=products",
+        "optim.ema=0.9999",
+    ]
     found, said = compiled("sana_1600m_1024_finetune", overrides, {"fsdp": 8})
     assert said == [] and found["peak_bytes"] < 42 * GIB
     assert found["donated_bytes"] > 2.2 * GIB  # 12 bytes of 1.6e9 parameters over 8 cards: no second state
@@ -43,13 +52,25 @@ def test_the_whole_model_at_512_px():
     assert not any("conv" in call.lower() for call in found["custom_calls"])
 
 
-SMALL = ["model.depth=1", "model.width=288", "model.heads=9", "model.cross_heads=4", "model.remat=products"]
+def test_without_the_rule_for_rows_activations_are_exchanged():
+    """The control of the test above: what `layout.on_mesh` is for."""
+    model = SANA_600M.clone(depth=1, width=288, heads=9, cross_heads=4, dtype=jnp.bfloat16)
+    mesh = aot.mesh_of("h200", fsdp=8)
+    shapes = initialise.abstract(model)
+    params = layout.with_shardings(shapes, layout.param_shardings(shapes, model, mesh))
+    batch = {"x": (64, 16, 16, 32), "t": (64,), "states": (64, 32, model.caption_width), "mask": (64, 32)}
+    rows = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.batch_sharding(mesh))
+        for name, shape in batch.items()
+    }
 
+    def gradient(params, batch):
+        return jax.grad(lambda p: jnp.mean(model.apply({"params": p}, **batch).astype(jnp.float32) ** 2))(params)
 
-def test_without_the_rule_for_rows_activations_are_exchanged(monkeypatch):
-    """The control of the test above, and of `layout.on_mesh`."""
-    arguments = "sana_600m_512", [*SMALL, "data.batch=64"], {"fsdp": 8}
-    with_rule, _ = compiled(*arguments)
-    monkeypatch.setattr(layout, "on_mesh", lambda step, mesh: step)
-    without, _ = compiled(*arguments)
-    assert "all-to-all" not in with_rule["collectives"] and without["collectives"]["all-to-all"] > 0
+    def exchanged(fn):
+        return aot.summary(aot.compile_for("h200", fn, params, rows, mesh=mesh, options=NO_TRITON_GEMM))[
+            "collectives"
+        ]
+
+    assert exchanged(gradient)["all-to-all"] > 0
+    assert "all-to-all" not in exchanged(layout.on_mesh(gradient, mesh))

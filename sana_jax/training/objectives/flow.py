@@ -36,7 +36,12 @@ class Flow:
     reads = ("latent", "image", "states", "texts")
 
     def frozen_needed(self, names):
-        """Of "dc_ae" and "text", what a batch with these entries still has to go through."""
+        """Of "dc_ae" and "text", what a batch with these entries still has to go through.
+
+        Raises InputError: there are no texts.
+        """
+        if not {"ids", "states"} & set(names):
+            raise InputError("frozen.text='': these data hold captions and no text states, or neither; name a text encoder, or cache them")
         return {"dc_ae"} - ({"dc_ae"} if "latent" in names else set()) | ({"text"} if "ids" in names else set())
 
     def load(self):

@@ -94,30 +94,6 @@ def test_pictures_are_decoded_to_the_size_of_the_batch():
         assert batch["image"][:, 30, 30].tolist() == [[i, i, i] for i in indices]
 
 
-class Many(Reader):
-    """Reads many at once, unless one of them spoils it."""
-
-    calls = 0
-
-    def __getitems__(self, indices):
-        Many.calls += 1
-        if "IndexError" in self.faults.values() and any(self.faults.get(i) for i in indices):
-            raise OSError("somewhere in there")
-        return [BadRecord("damaged") if self.faults.get(i) == "damaged" else self[i] for i in indices]
-
-
-@pytest.mark.parametrize("fault", ["damaged", "IndexError"])
-def test_many_records_are_read_at_once(fault):
-    found = []
-    for kind in (Reader, Many):
-        with Loader(kind(9, faults={3: fault}), Data(batch=4, threads=1)) as loader:
-            found.append([next(loader) for _ in range(6)])
-    assert Many.calls >= 6
-    for one, other in zip(*found):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], name)
-
-
 def test_float32_features_stay_float32():
     class Wide(Reader):
         def record(self, i):

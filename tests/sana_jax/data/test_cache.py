@@ -1,6 +1,7 @@
 """Cached features against the networks that they came from, and what a kill leaves."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -15,11 +16,11 @@ import pytest
 
 from sana_jax import saving, sharding
 from sana_jax.components import parameter_shapes
-from sana_jax.data import buckets, cache
+from sana_jax.data import buckets, cache, folder
 from sana_jax.data.array_record import Writer
 from sana_jax.data.cached import META, Cached
 from sana_jax.data.captions import Captions
-from sana_jax.data.folder import Folder
+from sana_jax.data.folder import Folder, FolderReader
 from sana_jax.data.loader import Loader
 from sana_jax.data.records import REASONS
 from sana_jax.data.sources import guess
@@ -57,11 +58,11 @@ def random(module, seed):
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("networks")
-    saving.save_component(folder / "vae", "diffusion_pytorch_model", DC_AE, random(DC_AE, 1))
-    saving.save_component(folder / "text", "model", GEMMA, random(GEMMA, 2))
-    learn((SOURCE.open()[i].captions["prompt"] for i in range(ROWS)), GEMMA.vocab_size).save_pretrained(folder / "text")
-    return Frozen(dc_ae=str(folder / "vae"), text=str(folder / "text"), chi="Paint this: ")
+    path = tmp_path_factory.mktemp("networks")
+    saving.save_component(path / "vae", "diffusion_pytorch_model", DC_AE, random(DC_AE, 1))
+    saving.save_component(path / "text", "model", GEMMA, random(GEMMA, 2))
+    learn((SOURCE.open()[i].captions["prompt"] for i in range(ROWS)), GEMMA.vocab_size).save_pretrained(path / "text")
+    return Frozen(dc_ae=str(path / "vae"), text=str(path / "text"), chi="Paint this: ")
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +141,8 @@ def test_what_a_cache_holds(config, made):
     assert again.fingerprint() == reader.fingerprint() != ""
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
 
 
 def test_machines_share_the_work_and_get_the_same(config, made, tmp_path):
@@ -208,6 +209,53 @@ def test_bad_records_stay_in_their_places(config, tmp_path):
     with Loader(reader, dataclasses.replace(bad.data, batch=6, bad_share=1.0), inputs=("latent", "states")) as loader:
         batch = next(loader)
     assert sorted(REASONS[n - 1] for n in batch["bad"] if n) == ["caption", "damaged"] and batch["weight"].sum() == 4
+
+
+def test_a_shard_that_could_not_be_read_is_not_whole(config, tmp_path, monkeypatch):
+    """A disk that fails for a moment leaves no bad rows for ever; what is bad in content stays bad."""
+    records = SOURCE.open()
+    files = {f"{i}.png": records[i].image for i in range(6)} | {"1.png": b"no picture"}
+    write(tmp_path / "in", files)
+    config = with_source(config, Folder(str(tmp_path / "in")))
+    options = dataclasses.replace(OPTIONS, text=False)
+    config.data.source.open()
+    real = folder._open
+
+    def fails(path):
+        if os.path.basename(path) == "5.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(folder, "_open", fails)
+    with pytest.raises(cache.NotWhole, match=r"00001.array_record: not written, 1 of 2 .*\n  5.png: unreadable: .*output"):
+        cache.make(config, tmp_path / "out", options)
+    assert [p.name for p in sorted((tmp_path / "out").glob("0*"))] == ["00000.array_record"]
+    monkeypatch.setattr(folder, "_open", real)
+    monkeypatch.setattr(FolderReader, "__getitem__", lambda self, i: [][i])
+    with pytest.raises(cache.NotWhole, match="2 of 2 .*\n  4.png: error: IndexError"):
+        cache.make(config, tmp_path / "out", options)
+    monkeypatch.undo()
+    assert cache.make(config, tmp_path / "out", options) == {}
+    reader = Cached(str(tmp_path / "out")).open()
+    assert reason(reader, 1) == "format" and reader[5].key == "5.png"
+
+
+def test_the_scale_of_latents_is_kept_and_asked_for(config, made, tmp_path):
+    assert Cached(str(made)).open().scaling_factor == 0.5
+    for name, data in contents(made).items():
+        (tmp_path / name).write_bytes(data)
+    meta = json.loads((tmp_path / META).read_text())
+    del meta["scaling_factor"]
+    (tmp_path / META).write_text(json.dumps(meta))
+    assert Cached(str(tmp_path)).open().scaling_factor is None
+    other = dataclasses.replace(config, objective=Flow(scaling_factor=0.25))
+    with pytest.raises(InputError, match="objective.scaling_factor=0.25: the autoencoder's is 0.5"):
+        cache.make(other, tmp_path / "out", OPTIONS)
+
+
+def test_a_batch_that_devices_cannot_share(config, tmp_path):
+    with pytest.raises(InputError, match="--batch=6: must be a multiple of the 4 devices along data and fsdp; 4 or 8"):
+        cache.make(config, tmp_path / "out", dataclasses.replace(OPTIONS, batch=6))
 
 
 def test_latents_alone(config, tmp_path):
@@ -305,7 +353,7 @@ def test_the_command_after_a_kill(config, made, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{out}: done\n"
-    np.testing.assert_equal(*(json.loads((folder / META).read_text()) for folder in (out, made)))
+    np.testing.assert_equal(*(json.loads((path / META).read_text()) for path in (out, made)))
     ours, theirs = Cached(str(out)).open(), Cached(str(made)).open()
     for i in range(ROWS):
         for name in ("latent", "states"):

@@ -1,6 +1,7 @@
 """`python -m sana_jax.data.check`: what it counts, what it finds, and how it ends."""
 
 import json
+import os
 import pathlib
 import tarfile
 
@@ -80,7 +81,7 @@ def test_headers_alone_are_quick_and_see_less(tmp_path, capsys):
 def test_tars(tmp_path, capsys, data, words):
     (tmp_path / "s.tar").write_bytes(data)
     status, out, _ = run(capsys, tmp_path)
-    assert status == 1 and words in out and "1 problems of files" in out
+    assert status == 1 and words in out and "1 problems of the source" in out
 
 
 def test_shards_and_features(tmp_path, capsys):
@@ -90,8 +91,50 @@ def test_shards_and_features(tmp_path, capsys):
         for value in (1.0, np.inf, np.nan):
             arrays = {"latent": np.full((2, 2, 4), value, np.float16), "states": np.ones((3, 5), np.float16)}
             writer.write(Record("k", arrays=arrays), (64, 64))
-    status, out, _ = run(capsys, tmp_path / "b.array_record")
+    status, out, _ = run(capsys, tmp_path / "b.array_record", "--square", "--size", 64)
     assert status == 1 and "2 bad records, features" in out and "1 with states" in out
+
+
+LATENT, STATES = np.ones((16, 16, 4), np.float16), np.ones((300, 5), np.float16)
+
+
+@pytest.mark.parametrize(
+    "first, second, words, begins",
+    [
+        ({"latent": np.ones((32, 32, 4))}, None, "batches of (512, 512) pixels (height, width) do not fit", False),
+        ({"latent": LATENT}, {"latent": np.ones((32, 32, 4))}, "latent (32, 32, 4), expected (16, 16, 4)", True),
+        ({"latent": LATENT}, {"latent": np.ones((16, 16, 8))}, "latent (16, 16, 8), expected (16, 16, 4)", True),
+        ({"latent": LATENT, "states": np.ones((400, 5))}, None, "400 states, of which data.tokens allows 300", True),
+        ({"latent": LATENT, "states": STATES}, {"latent": LATENT}, "no states", True),
+        ({}, None, "has no latent and no image", False),
+        ({"latent": LATENT}, {}, "no latent", True),
+        ({"latent": LATENT, "states": STATES}, {"latent": LATENT, "states": STATES[:7]}, None, True),
+    ],
+)
+def test_what_training_would_not_take(tmp_path, capsys, first, second, words, begins):
+    records = [arrays for arrays in (first, second) if arrays is not None]
+    with array_record.Writer(tmp_path / "b.array_record") as writer:
+        for arrays in records:
+            arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+            writer.write(Record("k", captions={"prompt": "x"}, arrays=arrays), (512, 512))
+    status, out, _ = run(capsys, tmp_path)
+    good = len(records) - (words is not None)
+    assert status == (words is not None) and f"{good} can be trained on" in out and (words or "nothing is wrong") in out
+    assert ("training would not begin" in out) == (not begins)
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"no picture")
+    status, out, _ = run(capsys, tmp_path)
+    assert status == 1 and "caf\\udce9.png: format" in out
+
+
+def test_tars_in_folders_inside(tmp_path, capsys):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "0.tar").write_bytes(pack({"a.png": PNG, "a.txt": "x"}))
+    status, _, err = run(capsys, tmp_path)
+    assert status == 2 and "0.tar is in" in err and "inside" in err and "recursive=True" in err
+    assert run(capsys, tmp_path / "inside")[0] == 0
 
 
 CONFIG = """

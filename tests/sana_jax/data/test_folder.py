@@ -1,5 +1,6 @@
 """Folders: the documented files, what is wrong with them, and an index that notices changes."""
 
+import errno
 import io
 import json
 import os
@@ -116,7 +117,7 @@ def test_bad_pictures_keep_their_places(tmp_path):
         ({"a.json": b'{"prompt": "\xff"}'}, "metadata"),
         ({"a.json": '{"prompt": ' + "1" * 5000 + "}"}, "metadata"),
         ({"a.json": ""}, "empty"),
-        ({"a.txt": ""}, "empty"),
+        ({"a.txt": ""}, "caption"),
         ({"a.txt": " \t\n"}, "caption"),
         ({"a.txt": "\nsecond line"}, "caption"),
         ({"a.txt": b"caf\xe9"}, "caption"),
@@ -137,6 +138,12 @@ def test_bad_pictures_keep_their_places(tmp_path):
 def test_bad_captions_are_bad_records(tmp_path, files, expected):
     write(tmp_path, {"a.png": PNG} | files)
     assert reason(Folder(str(tmp_path)).open(), 0, choose=True) == expected
+
+
+def test_an_empty_text_file_is_no_caption(tmp_path):
+    write(tmp_path, {"a.png": PNG, "a.txt": "", "a.json": '{"prompt": "of a"}', "b.png": PNG, "b.txt": ""})
+    reader = Folder(str(tmp_path)).open()
+    assert reader[0].captions == {"prompt": "of a"} and reader[1].captions == {}
 
 
 def test_long_captions_are_cut(tmp_path):
@@ -239,6 +246,26 @@ def test_headers_are_read_once(tmp_path, index_folder, monkeypatch):
     assert len(Folder(str(tmp_path)).open()) == 3 and read == []
     assert [path.suffix for path in index_folder.iterdir()] == [".index"], "earlier ones and partial ones are gone"
     assert [second.key(i) for i in range(4)] == ["a.png", "b.png", "c.png", "d.png"], "it is still mapped"
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_an_io_error_is_not_remembered(tmp_path, index_folder, monkeypatch, features):
+    """A network file system that fails for a moment must not give other sizes, and another order, for good."""
+    write(tmp_path, {"a.png": PNG, "a.npy": LATENT, "b.png": b"no picture", "b.npy": b"no latent"})
+    real = folder_module._open
+
+    def fails(path):
+        if os.path.basename(path).startswith("a."):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(folder_module, "_open", fails)
+    with pytest.raises(InputError, match=rf"a\.{'npy' if features else 'png'}: cannot be read \(ESTALE, Stale"):
+        Folder(str(tmp_path), features=features).open()
+    assert list(index_folder.glob("*.index")) == []
+    monkeypatch.undo()
+    sizes = Folder(str(tmp_path), features=features).open().sizes.tolist()
+    assert sizes == [[192, 128] if features else [40, 24], [0, 0]], "what is bad in content is 0 0"
 
 
 def test_the_fingerprint_is_of_the_contents_not_of_the_place(tmp_path):

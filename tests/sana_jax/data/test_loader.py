@@ -136,6 +136,28 @@ def test_buckets_on_hosts_agree():
     assert_equal(batches(6, reader, batch=4, size=512, buckets=True, hosts=2), whole)
 
 
+def test_the_fingerprint_is_of_the_order():
+    """Sizes choose the bucket, and so the order, but are not in the fingerprint of a reader."""
+
+    class Source(Reader):
+        def fingerprint(self):
+            return "of names and bytes"
+
+    def fingerprint(shapes, host=0, **data):
+        with Loader(Source(12, "image", shapes=shapes), Data(batch=4, **data), host=host, hosts=2) as loader:
+            return loader.fingerprint()
+
+    one, other = ((512, 512), (704, 352)), ((512, 512), (0, 0))
+    wide = dict(size=512, buckets=True)
+    found = fingerprint(one, **wide)
+    assert len(found) == 32 and int(found, 16) and found == fingerprint(one, host=1, **wide)
+    assert found != fingerprint(other, **wide) and found != fingerprint(one[::-1], **wide)
+    assert found == fingerprint(((500, 500), (700, 352)), **wide), "the same buckets"
+    assert fingerprint(one) == fingerprint(other), "all are in one bucket"
+    with Loader(Reader(12, "image"), Data(batch=4)) as loader:
+        assert loader.fingerprint() != fingerprint(((64, 64),))
+
+
 def test_one_of_several_captions_by_seed_and_position():
     reader = Reader(30, "text")
     run = dict(reader=reader, tokenize=Words(), inputs=())
@@ -225,6 +247,7 @@ def test_only_whole_batches_are_sought(samples):
         (dict(workers=-1), Reader(), "data.workers=-1"),
         (dict(threads=0), Reader(), "data.threads=0"),
         (dict(buffer=0), Reader(), "data.buffer=0"),
+        (dict(buffer=4097), Reader(), "data.buffer=4097"),
         ({}, Reader(0), "data.source: holds no record"),
         (dict(size=96, buckets=True), Reader(), "data.size=96: aspect ratios"),
         (dict(size=128), Reader(), r"batches of \(128, 128\) pixels .* do not fit the latent of toy-0, \(2, 2, 4\)"),

@@ -1,5 +1,6 @@
 """WebDataset tars: the documented members, hostile ones, and damage that Python's own reader does not see."""
 
+import errno
 import functools
 import io
 import json
@@ -211,6 +212,21 @@ def test_bad_files_beside_a_tar(tmp_path):
     reader = one(tmp_path, body())
     assert reason(reader, 0) == reason(reader, 2) == "metadata" and reason(reader, 1, choose=True) == "caption"
     assert usable(reader[3]) == {"prompt": "x", "x": "fine"}
+
+
+@pytest.mark.parametrize("what", ["header", "side"])
+def test_an_io_error_is_not_remembered(tmp_path, monkeypatch, what):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "s_x.json").write_text("{}")
+    target = (tar_index.images, "read_header") if what == "header" else (tar_index.side_files, "parse_json")
+    monkeypatch.setattr(*target, fails)
+    with pytest.raises(InputError, match=r"s(_x\.json|\.tar): cannot be read \(EIO, Input") as caught:
+        one(tmp_path, body(), allow_damaged=True)
+    assert ("s_x.json" in str(caught.value)) == (what == "side")
+    monkeypatch.undo()
+    assert Tar(str(tmp_path)).open().sizes.tolist() == [[40, 24]] * 4
 
 
 def test_features(tmp_path):

@@ -1,5 +1,7 @@
 """The frozen networks of a run give what the pipeline's own text path and encoder give."""
 
+import dataclasses
+import hashlib
 import types
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from sana_jax import saving, sharding, text
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.errors import InputError
-from sana_jax.experiment import Data, Experiment, Frozen, Optim, Preview
+from sana_jax.experiment import Data, Experiment, Frozen, Init, Optim, Preview
 from sana_jax.loading import load_pipeline
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
@@ -110,6 +112,46 @@ def test_a_language_model_learns_its_tokenizer_once(tmp_path, folder):
     first = frozen.tokenizer(config, source.open())
     ids = first(["a large red circle on blue"])["ids"]
     assert ids.max() < 300 and (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     again = frozen.tokenizer(config, None)  # no caption is read
     np.testing.assert_array_equal(again(["a large red circle on blue"])["ids"], ids)
     assert text.load_tokenizer(tmp_path / "tokenizer").vocab_size <= 300
+    with pytest.raises(InputError, match="model.vocab_size=270: .* tokens"):
+        frozen.tokenizer(dataclasses.replace(config, model=GEMMA2.clone(vocab_size=270)), None)
+
+
+def test_a_tokenizer_of_a_start_that_came_to_nothing_is_not_used(tmp_path, folder):
+    reader = Synthetic(records=30, size=16).open()
+    config = experiment(
+        folder, model=GEMMA2.clone(vocab_size=400), objective=LanguageModel(), frozen=Frozen(), workdir=str(tmp_path)
+    )
+    assert frozen.tokenizer(config, reader).vocab_size > 300
+    smaller = dataclasses.replace(config, model=GEMMA2.clone(vocab_size=300))
+    assert frozen.tokenizer(smaller, reader).vocab_size <= 300
+    with pytest.raises(InputError, match="knows the tokens of its own tokenizer"):
+        frozen.tokenizer(dataclasses.replace(config, init=Init(weights="runs/other")), reader)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model": SANA.clone(caption_width=24)}, "model.caption_width=24: frozen.text=.* has width=16"),
+    ({"model": SANA.clone(latent_channels=16)}, "model.latent_channels=16: frozen.dc_ae=.* has latent_channels=32"),
+])  # fmt: skip
+def test_networks_that_do_not_fit(folder, changes, words):
+    with pytest.raises(InputError, match=words):
+        load(experiment(folder, **changes))
+
+
+def test_features_of_other_networks(folder):
+    reader = types.SimpleNamespace(scaling_factor=0.3, meta={"instruction": hashlib.sha256(b"").hexdigest()})
+    with pytest.raises(InputError, match="objective.scaling_factor=0.41407: these latents were made for 0.3"):
+        load(experiment(folder), ("latent", "states", "mask"), reader)
+    with pytest.raises(InputError, match="cached with another instruction"):
+        frozen.with_instruction(experiment(folder), reader)
+    without = experiment(folder, frozen=Frozen(str(folder), str(folder), "none"))
+    assert frozen.with_instruction(without, reader) == without
+    assert frozen.with_instruction(experiment(folder), None).frozen.chi == CHI
+
+
+def test_no_texts_at_all(folder):
+    with pytest.raises(InputError, match="frozen.text=''"):
+        load(experiment(folder), ("latent",))

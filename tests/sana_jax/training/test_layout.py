@@ -71,7 +71,10 @@ def test_frozen_parameters_have_no_optimizer_state():
 
 def test_a_leaf_of_no_parameter_is_refused():
     state = abstract_state(SANA, AdamW())
-    lost = {"patch_embed": {"kernel": jax.ShapeDtypeStruct((3, 3), jnp.float32)}, "more": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    lost = {
+        "patch_embed": {"kernel": jax.ShapeDtypeStruct((3, 3), jnp.float32)},
+        "more": jax.ShapeDtypeStruct((5,), jnp.float32),
+    }
     with pytest.raises(ValueError, match=r"(?s)\['more'\] \(5,\).*\['kernel'\] \(3, 3\)"):
         layout.state_shardings(state.replace(opt_state=lost), SANA, make_mesh(fsdp=8))
 
@@ -121,7 +124,12 @@ def test_the_mesh_of_an_experiment():
     assert layout.mesh_sizes(experiment.Mesh()) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert layout.mesh_sizes(experiment.Mesh(fsdp=4)) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert layout.mesh_sizes(experiment.Mesh(data=1, fsdp=-1), 64) == {"data": 1, "fsdp": 64, "tensor": 1}
-    for wrong in (experiment.Mesh(fsdp=3), experiment.Mesh(data=2), experiment.Mesh(fsdp=-1), experiment.Mesh(fsdp=16)):
+    for wrong in (
+        experiment.Mesh(fsdp=3),
+        experiment.Mesh(data=2),
+        experiment.Mesh(fsdp=-1),
+        experiment.Mesh(fsdp=16),
+    ):
         with pytest.raises(InputError, match=r"^mesh\.data=.*number of devices, 8; one may be -1"):
             layout.mesh_sizes(wrong)
 

@@ -14,9 +14,9 @@ from sana_jax.training.preemption import Preemption
 def test_a_signal_is_a_request_and_the_handlers_are_given_back(number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with Preemption() as preemption:
-        assert not preemption.requested(1)
+        assert not preemption.requested()
         os.kill(os.getpid(), number)
-        assert preemption.requested(2) and preemption.requested(3)
+        assert preemption.requested() and preemption.requested()
     assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
 
 
@@ -44,6 +44,21 @@ def test_a_signal_ends_the_wait_behind_what_has_to_be_saved(monkeypatch):
             preemption.while_waiting(release.wait, before_leaving=lambda: saved.append("state"))
     release.set()
     assert caught.value.code == 0 and exits == [0] and saved == ["SIGTERM: leaving", "state"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), SystemExit(2), KeyboardInterrupt()])
+def test_what_could_not_be_saved_is_no_success(monkeypatch, error, capfd):
+    def fail():
+        raise error
+
+    exits, release = [], threading.Event()
+    monkeypatch.setattr("sana_jax.training.preemption.os._exit", exits.append)
+    with pytest.raises(type(error)):
+        with Preemption() as preemption:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            preemption.while_waiting(release.wait, before_leaving=fail)
+    release.set()
+    assert exits == [1] and type(error).__name__ in capfd.readouterr().err
 
 
 COMPILES = """

@@ -22,7 +22,10 @@ ROWS, STEPS, BOUND = 16, 3, 1e-6
 # eps: with Adam's own, what is rounded in an entry whose gradient is nearly 0 becomes a whole step.
 RULES = {"adamw": AdamW(eps=1e-4), "came": CAME(eps1=1e-8, eps2=1e-8)}
 RATES = {"adamw": 1e-2, "came": 1e-4}
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # to compile is what takes the time
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # to compile is what takes the time
 
 
 def known(options):
