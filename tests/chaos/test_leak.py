@@ -7,7 +7,7 @@ import pytest
 
 from tests.chaos.runs import NIGHT, Run, patiently, shared_memory
 
-STEPS, WARM = (20000, 2000) if NIGHT else (700, 300)
+STEPS, WARM = (20000, 2000) if NIGHT else (1000, 500)
 # The allocator needs some dozen checkpoints to settle (10 MB more, then 2 MB in 1000 steps): too long by day.
 SAVE_EVERY = 150 if NIGHT else 10**6
 LIMIT = 5e6  # bytes in 1000 steps
