@@ -74,11 +74,14 @@ def todo(args):
         yield title, mesh, lambda: programs.sampler(args.sampler, mesh, args.size, args.batch, args.steps)
         return
     config = experiment.load(args.config, args.overrides)
+    known = experiment.read_file(args.config).stages, config.stages  # an override may leave one stage alone
     for stage in config.stages or (config,):
         mesh = aot.mesh_of(args.target, **layout.mesh_sizes(asked(args.mesh, stage.mesh), args.devices))
         for shape in shapes(args.shape, stage):
             title = f"{stage.name}, batch {stage.data.batch} of {shape[0]}x{shape[1]}"
-            yield title, mesh, lambda stage=stage, shape=shape: programs.train_step(stage, mesh, shape, args.cached)
+            yield title, mesh, lambda mesh=mesh, stage=stage, shape=shape: programs.train_step(
+                stage, mesh, shape, args.cached, [*known[0], *known[1]]
+            )
 
 
 def asked(text, sizes):

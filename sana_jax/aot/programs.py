@@ -55,7 +55,7 @@ class Program(NamedTuple):
     flops: float
 
 
-def train_step(config, mesh, shape, cached=None):
+def train_step(config, mesh, shape, cached=None, stages=()):
     """The `Program` of a step of `train.py`.
 
     Args:
@@ -63,15 +63,17 @@ def train_step(config, mesh, shape, cached=None):
       mesh: of cards, see `mesh_of`.
       shape: (height, width) of the images in pixels.
       cached: whether latents and text states come from a cache; None is as the data source says.
+      stages: experiments whose runs the config may name as frozen networks.
     """
+    known = {stage.name: stage.model for stage in stages}
     model, optim, batch = config.model, config.optim, config.data.batch
     layout.check_batch(batch, optim.accumulate, mesh)
     abstract = initialise.abstract(model)
     tx = optimizer.make(optim, config.steps, batch, abstract)
     state = jax.eval_shape(lambda params: create(params, tx, optim.ema), abstract)
     placed = layout.state_shardings(state, model, mesh)
-    rows = batch_of(config, shape, isinstance(config.data.source, Cached) if cached is None else cached)
-    constants = frozen_of(config, rows, mesh)
+    rows = batch_of(config, shape, isinstance(config.data.source, Cached) if cached is None else cached, known)
+    constants = frozen_of(config, rows, mesh, known)
     step = make_step(model, config.objective, tx, optim, constants.modules, config.seed)
     step = jax.jit(layout.on_mesh(step, mesh), donate_argnums=0, out_shardings=(placed, None))
     cut = jax.tree.map(lambda _: layout.batch_sharding(mesh), rows)
@@ -79,7 +81,7 @@ def train_step(config, mesh, shape, cached=None):
     return Program(step, avals, flops.train_flops(model, rows, constants))
 
 
-def batch_of(config, shape, cached):
+def batch_of(config, shape, cached, known):
     """{name: jax.ShapeDtypeStruct} of a batch, see `data.loader`."""
     b, length, model = config.data.batch, config.data.tokens, config.model
     names = {"weight": ((b,), jnp.float32), "position": ((b,), jnp.uint32)}
@@ -88,32 +90,35 @@ def batch_of(config, shape, cached):
         names["image"] = ((b, *shape, 3), jnp.uint8)
         if cached and "latent" in reads:
             del names["image"]
-            step = _structure(config.frozen.dc_ae, DCAE).compression
+            step = _structure(config.frozen.dc_ae, DCAE, known).compression
             names["latent"] = ((b, shape[0] // step, shape[1] // step, model.latent_channels), jnp.float16)
     if cached and "states" in reads:
         names["states"] = ((b, length, model.caption_width), jnp.float16)
         names["mask"] = ((b, length), bool)
     elif "texts" in reads:
         # Two tokens of instruction and caption together are one of both, see `text.tokenize`.
-        total = length if isinstance(model, Gemma2) else length + INSTRUCTION - 2
+        plain = isinstance(model, Gemma2) or config.frozen.chi == "none"
+        total = length if plain else length + INSTRUCTION - 2
         names |= {"ids": ((b, total), jnp.int32), "ids_mask": ((b, total), bool)}
     return {name: jax.ShapeDtypeStruct(*entry) for name, entry in names.items()}
 
 
-def frozen_of(config, batch, mesh):
+def frozen_of(config, batch, mesh, known):
     """`training.frozen.load` of shapes, laid over the mesh, without what only previews use."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     needed = config.objective.frozen_needed(frozenset(batch))
-    modules, params = {}, {}
+    loaded, _ = config.objective.load()
+    modules = {}
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), loaded)
     for name, cls in (("dc_ae", DCAE), ("text", Gemma2)):
         if name in needed:
-            modules[name] = module = _structure(getattr(config.frozen, name), cls)
+            modules[name] = module = _structure(getattr(config.frozen, name), cls, known)
             shapes = initialise.abstract(module)
             params[name] = layout.with_shardings(shapes, layout.param_shardings(shapes, module, mesh))
     if "states" in batch or "ids" in batch and "text" in modules:
         width, length = config.model.caption_width, config.data.tokens
         params["null"] = jax.ShapeDtypeStruct((length, width), jnp.bfloat16, sharding=everywhere)
-    if "text" in modules:
+    if "text" in modules and config.frozen.chi != "none":
         ids = jax.ShapeDtypeStruct((1, INSTRUCTION - 1), jnp.int32)
         make = functools.partial(programs.apply, modules["text"], method="encode_prefix")
         prefix = jax.eval_shape(make, params["text"], ids)
@@ -121,8 +126,10 @@ def frozen_of(config, batch, mesh):
     return Frozen(modules, params)
 
 
-def _structure(source, cls):
-    """The module of a local checkpoint, or the published one."""
+def _structure(source, cls, known):
+    """The module of a stage of the same experiment, of a local checkpoint, or the published one."""
+    if isinstance(module := known.get(pathlib.Path(source).name), cls):
+        return module
     if source and pathlib.Path(source).exists():
         module, _ = initialise.open_weights(source, cls)
         return module.clone(dtype=precision.without_float16(module.dtype))

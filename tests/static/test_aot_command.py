@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from sana_jax import aot
+from sana_jax import aot, experiment
 from sana_jax.aot import programs
 from sana_jax.aot.__main__ import main
 from sana_jax.models.dc_ae import DCAE
@@ -79,3 +79,15 @@ def test_bad_input_is_one_clear_line(arguments, problem, capfd):
     assert main(arguments) == 2
     said = capfd.readouterr().err
     assert said.startswith("sana_jax.aot: ") and problem in said and "Traceback" not in said
+
+
+@needs_compiler
+def test_a_stage_is_compiled_with_the_networks_of_the_others():
+    config = experiment.load(pathlib.Path(CONFIG).with_name("debug.py"))
+    text, dc_ae, flow = config.stages
+    mesh = aot.mesh_of("h200", data=8)
+    program = programs.train_step(flow, mesh, (64, 64), stages=config.stages)
+    _, frozen, batch = program.avals
+    assert frozen["text"]["embedding"].shape == (text.model.vocab_size, text.model.width)
+    assert "prefix" not in frozen and batch["ids"].shape == (8, flow.data.tokens)
+    assert batch["image"].shape == (8, 64, 64, 3) and dc_ae.model.scaling_factor == flow.objective.scaling_factor
