@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax; tests never touch an accelerator
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def gradients_of_torch():
+    """The parity command switches them off for its process, which here goes on to the next test."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def test_too_many_bad_records_end_the_run(experiment, tmp_path, capfd):
     assert call("data.bad_window=10") == 3
     assert "data.bad_share" in capfd.readouterr().err
     assert call("data.bad_share=1.0") == 0
-    assert any(line["bad"].get("empty") for line in lines(tmp_path / "run", "timing"))
+    assert any(line["bad"].get("caption") for line in lines(tmp_path / "run", "timing"))
     assert min(line["weight"] for line in lines(tmp_path / "run")) > 0
 
 
