@@ -8,7 +8,6 @@ whole or absent in the end.  A transformer with --dc-ae and --text becomes a who
 Exit status: 0, or 2 with one line that says what is wrong.
 """
 
-import argparse
 import pathlib
 import shutil
 import sys
@@ -20,6 +19,7 @@ from sana_jax.checkpoints import sana as sana_format
 from sana_jax.checkpoints.read import read_json
 from sana_jax.checkpoints.write import write_json
 from sana_jax.components import open_weights, prepare_dc_ae, prepare_gemma2, prepare_sana
+from sana_jax.cli.parser import Parser
 from sana_jax.errors import InputError, require_choice, require_positive
 from sana_jax.loading import find_model, prepare_pipeline
 
@@ -137,11 +137,6 @@ def _say_what_is_read(part, report):
         report(f"left out: {name}: {sana_format.NVLABS_DROPPED.get(name, 'no result depends on it')}")
     if checkpoint.ignored:
         report(f"left out: everything beside the weights: {', '.join(checkpoint.ignored)}")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"sana_jax.convert: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments(argv):

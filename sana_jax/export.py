@@ -8,7 +8,6 @@ tokenizer.  DIR must be new or empty and is whole or absent in the end.
 Exit status: 0, or 2 with one line that says what is wrong.
 """
 
-import argparse
 import sys
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from sana_jax import precision, saving
+from sana_jax.cli.parser import Parser
 from sana_jax.errors import InputError
 from sana_jax.experiment import Frozen
 from sana_jax.models.dc_ae import DCAE
@@ -87,11 +87,6 @@ def _cast(module, params, dtype):
         return module, params
     kind = precision.parse(dtype)
     return module.clone(dtype=kind, param_dtype=kind), jax.tree.map(lambda leaf: leaf.astype(np.dtype(kind)), params)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"sana_jax.export: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments(argv):

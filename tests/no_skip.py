@@ -1,7 +1,7 @@
-"""Turns a skip of a `parity` or `static` test into a failure when SANA_JAX_NO_SKIP=1.
+"""Turns a skip of a `parity`, `static` or `train` test into a failure when SANA_JAX_NO_SKIP=1.
 
-A developer without torch or without the CUDA plugin sees those tests skipped.  `.ci/run` installs
-both, so there a skip means that something silently stopped being tested.
+A developer without torch, the CUDA plugin or tensorboardX sees those tests skipped.  `.ci/run` installs
+them all, so there a skip means that something silently stopped being tested.
 
 `tests/conftest.py` makes the hooks known with
 
@@ -12,7 +12,7 @@ import os
 
 import pytest
 
-MARKS = ("parity", "static")
+MARKS = ("parity", "static", "train")
 
 
 def _forbidden():

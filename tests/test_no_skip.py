@@ -12,7 +12,7 @@ CONFTEST = """
 from tests.no_skip import pytest_make_collect_report, pytest_runtest_makereport
 
 def pytest_configure(config):
-    for mark in ("parity", "static"):
+    for mark in ("parity", "static", "train"):
         config.addinivalue_line("markers", mark)
 """
 SKIP = "import pytest\n@pytest.mark.{mark}\ndef test_a(): pytest.skip('no torch')\n"
@@ -26,6 +26,7 @@ XFAIL = "import pytest\n@pytest.mark.{mark}\ndef test_a(): pytest.xfail('known')
     [
         (SKIP.format(mark="parity"), "1", False),
         (SKIPIF.format(mark="static"), "1", False),
+        (SKIP.format(mark="train"), "1", False),
         (MODULE, "1", False),
         (SKIP.format(mark="parity"), "", True),
         (MODULE + "def test_a(): ...\n", "", True),

@@ -9,7 +9,6 @@ python -m sana_jax.convert FILE DIR --dc-ae X --text Y, where X and Y may be one
 Exit status: 0 all lines within their bounds, 1 not, 2 bad input, 130 interrupted.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -18,16 +17,12 @@ import sys
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 
+from sana_jax.cli.parser import Parser
 from sana_jax.errors import InputError, NonFiniteError, require_choice
 from sana_jax.parity import case as cases
 from sana_jax.parity import ladder, peers, report
 
 PROMPT = "A photo of a Red cat that sits on a blue chair"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"sana_jax.parity: error: {' '.join(message.split())}\n")
 
 
 def parse(argv):

@@ -184,6 +184,7 @@ def test_absent_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("tensorboardX is not installed") == 1
 
 
+@pytest.mark.train
 def test_tensorboard_gets_the_same_scalars_and_the_pictures(tmp_path):
     pytest.importorskip("tensorboardX")
     made = Metrics(tmp_path, 10)
