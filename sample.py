@@ -1,6 +1,7 @@
 """Prompts to PNG files.
 
-    python sample.py --model DIR --prompt "a red circle above a blue square"
+    python sample.py --prompt "a red circle above a blue square"      # the bundled model, which knows shapes
+    python sample.py --model DIR --prompt "a lighthouse at dusk"
 
 Every PNG holds its own recipe, which --from-image paints again; --help lists the arguments.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import tqdm
 
 import sana_jax
-from sana_jax import compile_cache, images, text
+from sana_jax import bundled, compile_cache, images, text
 from sana_jax.cli import flags, jobs, painting, prompt_files, records
 from sana_jax.errors import InputError
 
@@ -85,8 +86,9 @@ def run(args):
     if entries is not None and args.seed == -1:  # what --seed has to be for the rest of an interrupted run
         print(f"seed: {settings['seed']} (drawn)")
     print(painting.description(model, pictures, args.axes))
-    if slow := painting.slowness(model):
-        warnings.warn(slow)
+    for problem in (painting.slowness(model), painting.strangeness(model, pictures)):
+        if problem:
+            warnings.warn(problem)
 
     sheets, (bar, on_step) = painting.Sheets(pictures, args.axes, count, pending), progress(args.progress, batches)
     done, failed, marks = [], [], [(time.perf_counter(), sum(compiling))]
@@ -128,7 +130,7 @@ def load(loading, chi):
     identity = painting.identity(model, painting.fingerprint(loading), instruction)
     source = f"file {loading['chi']}" if loading["chi"] not in ("auto", "none") else instruction.source
     print(f"device: {device.device_kind} ({device.platform}), {identity['dtype']}, stack {identity['stack']}")
-    print(f"model: {loading['model']} (sha256 {identity['model_sha256'][:10]}), loaded in {seconds:.1f} s")
+    print(f"model: {loading['model'] or bundled.OWNER} (sha256 {identity['model_sha256'][:10]}), loaded in {seconds:.1f} s")
     print(f"instruction: {source}")
     return model, identity
 

@@ -85,6 +85,7 @@ def train(config, preemption):
         opened.enter_context(loader)
         data = processes.the_same("data.source: the records", loader.fingerprint())
         constants, remarks = frozen.load(config, loader.names, reader, mesh)
+        paint = layout.painter(reader, mesh)
 
         # ---- state: the last checkpoint's, or a new one ---------------------------------------------
         abstract = initialise.abstract(config.model)
@@ -177,7 +178,7 @@ def train(config, preemption):
             while start + taken < config.steps and not requested:
                 with clocks.apart("data"):
                     rows = next(loader)
-                batch = layout.put_batch(rows, mesh)
+                batch = paint(layout.put_batch(rows, mesh), loader.shape)
                 compiled, flop = program(batch, leave)
                 state, values = compiled(state, constants.params, batch)
                 taken += 1

@@ -1,7 +1,7 @@
 """SANA in JAX and Flax: text-to-image with a linear diffusion transformer.
 
     import sana_jax
-    pipeline = sana_jax.load_pipeline("folder in diffusers layout")
+    pipeline = sana_jax.load_pipeline()      # the bundled model; or a folder in diffusers layout
     images = pipeline.generate("a red circle above a blue square")     # uint8 [1 H W 3]
 """
 

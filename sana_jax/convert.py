@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 
-from sana_jax import memory, precision, saving
+from sana_jax import extras, memory, precision, saving
 from sana_jax.checkpoints import dc_ae as dc_ae_format
 from sana_jax.checkpoints import sana as sana_format
 from sana_jax.checkpoints.read import read_json
@@ -109,6 +109,7 @@ def convert(
             saving.write_pipeline(build(*parts), folder)
             if (path / "model_index.json").is_file():
                 _keep_sampler(path, folder)
+                extras.write(folder, extras.read(path) | extras.read(folder))
         elif to == "diffusers":
             saving.save_component(folder, STEMS[kind], *parts[0])
         else:

@@ -39,7 +39,7 @@ class Source(Protocol):
 class Data:
     """What the rows of a batch are made of.
 
-    source: Folder, Tar, ArrayRecord, Cached or Synthetic of `sana_jax.data`.
+    source: Folder, Tar, ArrayRecord, Cached, Synthetic or Shapes of `sana_jax.data`.
     batch: rows of the global batch.
     size: pixels of a side, or of a square of the same area where `buckets`.
     buckets: pictures keep the nearest of the published aspect ratios.

@@ -1,21 +1,26 @@
 """Writes what a run has learned as a folder that sample.py, diffusers and transformers read.
 
     python -m sana_jax.export RUN DIR [--raw] [--step N] [--dtype bf16] [--dc-ae X] [--text Y]
+                              [--default guidance_scale=3 ...]
 
 Of a flow run the folder is a whole pipeline: the transformer with the autoencoder and the text encoder
-that it was trained with.  Of any other run it is that component alone, a language model with its
+that it was trained with, and what a caller need not say, since the run does: the instruction, the
+tokens of a prompt, steps and guidance scale of its previews, the words of its captions.  Of any other run it is that component alone, a language model with its
 tokenizer.  DIR must be new or empty and is whole or absent in the end.
 Exit status: 0, or 2 with one line that says what is wrong.
 """
 
+import json
+import shutil
 import sys
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from sana_jax import precision, saving
+from sana_jax import extras, precision, saving
 from sana_jax.cli.parser import Parser
+from sana_jax.data import vocabulary
 from sana_jax.errors import InputError
 from sana_jax.experiment import Frozen
 from sana_jax.models.dc_ae import DCAE
@@ -28,7 +33,7 @@ from sana_jax.training import frozen, initialise
 from sana_jax.training.reading import DamagedError
 
 
-def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, text=None):
+def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, text=None, default=()):
     """Writes the folder `target` from the run in `run_dir`.
 
     Args:
@@ -36,10 +41,13 @@ def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, te
       step: of a checkpoint; None is the newest.
       dtype: of the written weights; "auto" is that of the parameters, float32 as a rule.
       dc_ae, text: in place of the run's own `frozen.dc_ae` and `frozen.text`.
+      default: "NAME=VALUE", fields of `extras` in place of the run's own.
     Raises:
       InputError: nothing was written.
     """
     saving.require_new(target)
+    chosen = dict(map(_field, default))
+    extras.check(chosen)
     if not initialise.is_run(run_dir):
         raise InputError(f"{run_dir}: is no folder of a run, it has no checkpoints/")
     config = initialise.run_config(run_dir)
@@ -48,14 +56,42 @@ def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, te
     run = Run(initialise.run_model(run_dir), Frozen(**kept | given), str(run_dir))
     trained = _cast(run.model, initialise.read_run(run_dir, ema, step), dtype)
     if isinstance(run.model, Sana):
-        saving.save_pipeline(_pipeline(run, trained, config["objective"]["shift"], dtype), target)
+        pipeline = _pipeline(run, trained, config["objective"]["shift"], dtype)
+        with saving.new_folder(target) as folder:
+            saving.write_pipeline(pipeline, folder)
+            extras.write(folder, extras.read(folder) | _said(run, config) | chosen)
         return
+    if chosen:
+        raise InputError(f"default={list(default)!r}: of a pipeline alone, and this run trains a {type(run.model).__name__}")
     with saving.new_folder(target) as folder:
         if isinstance(run.model, DCAE):
             saving.save_component(folder, "diffusion_pytorch_model", *trained)
         else:
             saving.save_component(folder, "model", *trained)
-            load_tokenizer(frozen.tokenizer_folder(run)).save_pretrained(folder)
+            tokenizer = frozen.tokenizer_folder(run)
+            load_tokenizer(tokenizer).save_pretrained(folder)
+            if (tokenizer / vocabulary.FILE).is_file():
+                shutil.copyfile(tokenizer / vocabulary.FILE, folder / vocabulary.FILE)
+
+
+def _field(text):
+    """(name, value) of NAME=VALUE; a value is JSON, or a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return name.replace("-", "_"), value
+
+
+def _said(run, config):
+    """The fields of `extras` that a flow run decides."""
+    preview = config.get("preview") or {}
+    return {
+        "max_sequence_length": (config.get("data") or {}).get("tokens"),
+        "steps": preview.get("steps"),
+        "guidance_scale": preview.get("guidance_scale"),
+        "vocabulary": vocabulary.read_words(frozen.tokenizer_folder(run)),
+    }
 
 
 class Run(NamedTuple):
@@ -99,6 +135,8 @@ def parse_arguments(argv):
     add("--dtype", default="auto", help="fp32, bf16 or fp16; that of the parameters if left out")
     add("--dc-ae", metavar="X", help="an autoencoder in place of the one that the run used, or if it used none")
     add("--text", metavar="Y", help="the same for the text encoder and its tokenizer")
+    add("--default", action="append", default=[], metavar="NAME=VALUE",
+        help=f"what holds where nobody says, in sana_jax.json: {', '.join(extras.CHECKS)}")
     return parser.parse_args(argv)
 
 

@@ -1,16 +1,17 @@
 """A whole pipeline, from a folder as diffusers publishes it or from parts.
 
+    pipeline = load_pipeline()                      # the bundled one, which knows shapes
     pipeline = load_pipeline("folder")
     pipeline = load_pipeline("Sana_1600M_1024px.pth", dc_ae="dc-ae-f32c32-sana-1.0", text="gemma-2-2b-it")
 
 The layout of a folder is that of diffusers: model_index.json, scheduler/, tokenizer/, text_encoder/,
-transformer/, vae/.  What it cannot say (which instruction and which stack) stands in sana_jax.json.
+transformer/, vae/.  What it cannot say (which instruction, which stack, ...) stands in sana_jax.json, see `extras`.
 """
 
 import os
 import pathlib
 
-from sana_jax import memory, precision, schedulers
+from sana_jax import bundled, extras, memory, precision, schedulers
 from sana_jax.checkpoints import sana as sana_format
 from sana_jax.checkpoints.pickles import SUFFIXES
 from sana_jax.checkpoints.read import read_json
@@ -25,21 +26,9 @@ from sana_jax.hub.download import find_model as find_model
 from sana_jax.hub.names import parse
 from sana_jax.pipeline import Pipeline, TextEncoder
 from sana_jax.stacks import STACKS, Stack
-from sana_jax.text import load_tokenizer
+from sana_jax.text import Vocabulary, load_tokenizer
 
-EXTRAS = "sana_jax.json"  # our own file in a pipeline folder
 PARTS = {"dc_ae": "vae", "text": "text_encoder"}  # argument of load_pipeline: folder of a pipeline
-
-
-def _read_extras(path):
-    """sana_jax.json as a dict, empty without one.  Raises InputError."""
-    extras = read_json(path) if path.is_file() else {}
-    if "stack" in extras:
-        require_choice(f"{path}: stack", extras["stack"], tuple(STACKS))
-    words = extras.get("complex_human_instruction") or ""
-    if not isinstance(words, str) and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
-        raise InputError(f"{path}: complex_human_instruction={words!r}: must be a string or a list of strings")
-    return extras
 
 
 def _is_component(path):
@@ -85,17 +74,18 @@ def _paths(model, find, given):
 
 
 def load_pipeline(
-    model, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None, mesh=None,
+    model=None, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None, mesh=None,
     transformer=None,
 ):  # fmt: skip
     """A whole pipeline from a folder in diffusers layout, or from its parts.
 
     Args:
       model: the folder; a Hugging Face id or short name (see `hub.download.find_model`); or a transformer alone
-        (NVlabs' .pth, a .safetensors file, a component folder), which needs the two parts below.
-      dtype: of the transformer: "auto", a name (fp32, bf16, fp16, ...) or a jnp dtype.  "auto" is
-        the published dtype of a known repository name, else that of the stored weights.  The text
-        encoder and the autoencoder follow, with bfloat16 in place of float16, which they overflow.
+        (NVlabs' .pth, a .safetensors file, a component folder), which needs the two parts below.  None is
+        the bundled model.
+      dtype: of the transformer: "auto", a name (fp32, bf16, fp16, ...) or a jnp dtype.  "auto" is what
+        sana_jax.json says, else the published dtype of a known repository name, else that of the stored
+        weights.  The text encoder and the autoencoder follow, with bfloat16 in place of float16, which they overflow.
       stack: "auto" (sana_jax.json, else "nvlabs" for weights in NVlabs' names, else "diffusers"),
         "diffusers", "nvlabs" or a `Stack`.
       revision: branch, tag or commit of a Hugging Face id.
@@ -113,6 +103,7 @@ def load_pipeline(
     Raises:
       InputError, CheckpointError: one message that names what does not fit.
     """
+    model = bundled.require() if model is None else model
     prepared, build = prepare_pipeline(
         model, dtype=dtype, stack=stack, revision=revision, variant=variant, dc_ae=dc_ae, text=text, transformer=transformer
     )  # fmt: skip
@@ -141,13 +132,15 @@ def prepare_pipeline(
         return pathlib.Path(find_model(what, wanted=precision.short(dtype), **own))
 
     paths, folder = _paths(model, find, {"dc_ae": dc_ae, "text": text})
-    extras, flow_shift = {}, None
+    said, flow_shift = {}, None
     if folder is not None:
         index = folder / "model_index.json"
         kind = read_json(index).get("_class_name")
         require_choice(f"{index}: _class_name", kind, tuple(schedulers.PIPELINES))
-        extras, flow_shift = _read_extras(folder / EXTRAS), schedulers.read_flow_shift(folder / "scheduler")
+        said, flow_shift = extras.read(folder), schedulers.read_flow_shift(folder / "scheduler")
 
+    if auto and not as_stored and "dtype" in said:
+        auto, dtype = False, precision.parse(said["dtype"])
     name = str(model) if os.path.exists(model) else parse(model, revision).repo
     published = precision.published(name.rstrip("/").split("/")[-1]) if auto and not as_stored else None
 
@@ -167,11 +160,16 @@ def prepare_pipeline(
         schedulers.check_pipeline_class(index, kind, prepared[0].module)
     if stack == "auto":
         original = sana_format.is_nvlabs(prepared[0].checkpoint.header)
-        stack = extras.get("stack", "nvlabs" if original else "diffusers")
+        stack = said.get("stack", "nvlabs" if original else "diffusers")
+    vocabulary = None
+    if "vocabulary" in said and text is None:
+        own = (bundled.OWNER, bundled.ADVICE) if bundled.is_bundled(folder) else ()
+        vocabulary = Vocabulary(frozenset(said["vocabulary"]), *own)
+    defaults = {name: said[name] for name in extras.SAMPLING if name in said}
 
     def build(sana, dc_ae, gemma2):
-        encoder = TextEncoder(*gemma2, tokenizer, extras.get("complex_human_instruction"))
-        return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift)
+        encoder = TextEncoder(*gemma2, tokenizer, said.get("complex_human_instruction"), vocabulary)
+        return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=flow_shift, defaults=defaults)
 
     build(*((part.module, {}) for part in prepared))  # parts that do not belong together are refused here
     return prepared, build

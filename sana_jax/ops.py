@@ -89,12 +89,13 @@ def relu_linear_attention(qkv, eps):
     return (out / (weight[..., None] + eps)).astype(qkv.dtype)
 
 
-@jax.checkpoint  # for the backward pass x alone is kept, not a float32 copy of it for each tap
+@jax.custom_vjp
 def depthwise_conv(x, kernel, bias=None):
     """Depthwise k x k convolution, stride 1, zero padding k // 2.
 
     k * k shifted multiply-adds that XLA fuses into one pass; the library's grouped convolution is
-    13 to 40 times slower on a CPU.
+    13 to 40 times slower on a CPU.  The backward pass keeps the arguments alone, no float32 copy of
+    x for each tap.
 
     Args:
       x: [b, h, w, c].
@@ -104,16 +105,51 @@ def depthwise_conv(x, kernel, bias=None):
       [b, h, w, c] in the dtype of x, accumulated in float32.
     """
     size, (_, h, w, _) = kernel.shape[0], x.shape
-    pad = size // 2
-    x32 = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))).astype(jnp.float32)
-    kernel = kernel.astype(jnp.float32)
-    taps = [
-        x32[:, dy : dy + h, dx : dx + w] * kernel[dy, dx] for dy in range(size) for dx in range(size)
-    ]
+    x32, kernel = _padded(x, size), kernel.astype(jnp.float32)
+    taps = [x32[:, dy : dy + h, dx : dx + w] * kernel[dy, dx] for dy in range(size) for dx in range(size)]
     out = sum(taps[1:], taps[0])
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)
+
+
+def _padded(x, size):
+    edge = (size // 2, size // 2)
+    return jnp.pad(x, ((0, 0), edge, edge, (0, 0))).astype(jnp.float32)
+
+
+def _kernel_gradient(x, gradient, size):
+    """[size, size, c] float32: for each tap, sum over b h w of the shifted x and the gradient.
+
+    One tap after the other on a CPU: of all in one fusion XLA makes scalar code, four times slower.
+    """
+    x32, gradient = _padded(x, size), gradient.astype(jnp.float32)
+    shifts = [(dy, dx) for dy in range(size) for dx in range(size)]
+
+    def tap(x32, gradient, shift):
+        part = jax.lax.dynamic_slice(x32, (0, *shift, 0), gradient.shape)
+        return jnp.sum(part * gradient, axis=(0, 1, 2))
+
+    def in_turn(x32, gradient):
+        return jax.lax.map(lambda shift: tap(x32, gradient, shift), tuple(jnp.array(shifts).T))
+
+    def at_once(x32, gradient):
+        return jnp.stack([tap(x32, gradient, shift) for shift in shifts])
+
+    taps = jax.lax.platform_dependent(x32, gradient, cpu=in_turn, default=at_once)
+    return taps.reshape(size, size, -1)
+
+
+def _depthwise_backward(arguments, gradient):
+    x, kernel, bias = arguments
+    back = depthwise_conv(gradient, kernel[::-1, ::-1]).astype(x.dtype)
+    down = _kernel_gradient(x, gradient, kernel.shape[0]).astype(kernel.dtype)
+    if bias is not None:
+        bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(bias.dtype)
+    return back, down, bias
+
+
+depthwise_conv.defvjp(lambda *arguments: (depthwise_conv(*arguments), arguments), _depthwise_backward)
 
 
 def cross_attention(q, kv, bias):

@@ -29,12 +29,13 @@ REMEMBERED = 8  # encoded texts, a megabyte or two each
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A Gemma-2 with its parameters and tokenizer, and the instruction that came with the weights."""
+    """A Gemma-2 with its parameters and tokenizer; the instruction and the `text.Vocabulary` that came with the weights."""
 
     gemma2: Gemma2
     params: dict
     tokenizer: object
     instruction: str | None = None
+    vocabulary: text.Vocabulary | None = None
 
 
 class Pipeline:
@@ -45,11 +46,13 @@ class Pipeline:
       text: a `TextEncoder` (or the tuple of its fields), or None: then `generate` and `encode_prompt` are not available.
       stack: a `Stack`; its fields are set on `sana`.
       flow_shift: the default of `generate`.
+      defaults: those of its steps, guidance_scale and max_sequence_length.
     """
 
-    def __init__(self, sana, dc_ae, text=None, stack="diffusers", *, flow_shift=None):
+    def __init__(self, sana, dc_ae, text=None, stack="diffusers", *, flow_shift=None, defaults=None):
         """Args: as the attributes; `stack` may be a name.  The stack's flow shift comes first, then
-        `flow_shift`, which is the checkpoint's, then the published 3, or 6 at 4K."""
+        `flow_shift`, which is the checkpoint's, then the published 3, or 6 at 4K; `defaults` may hold
+        some of them, the others are as published."""
         if not isinstance(stack, Stack):
             stack = STACKS[require_choice("stack", stack, tuple(STACKS))]
         if isinstance(text, tuple):
@@ -74,6 +77,8 @@ class Pipeline:
         self.dc_ae, self.text, self.stack = dc_ae, text, stack
         published = 6.0 if module.sample_size >= 128 else 3.0
         self.flow_shift = float(stack.flow_shift or flow_shift or published)
+        check_request(**(defaults or {}))
+        self.defaults = requests.defaults(module) | (defaults or {})
         self._prefixes, self._texts = {}, {}  # what the text encoder made of recent tokens
 
     def save(self, folder):
@@ -97,25 +102,32 @@ class Pipeline:
             raise InputError("text=None: this pipeline has no text encoder; use denoise and decode, or pass text=")
         return self.text
 
-    def encode_prompt(self, prompts, *, chi="auto", max_sequence_length=300):
+    def encode_prompt(self, prompts, *, chi="auto", max_sequence_length=None):
         """Text encoder states of prompts, positive ones: a negative prompt takes chi="none".
 
         Args:
           prompts: str or list of b str.
           chi: "auto", "none" or the joined instruction; the prompt follows it with nothing between.
-          max_sequence_length: m; longer prompts are cut, with a warning.
+          max_sequence_length: m; longer prompts are cut, with a warning.  None is the model's.
         Returns:
           (states [b m d], mask [b m] bool).
         Raises:
           InputError: no text encoder, or a bad argument.  NonFiniteError: names the first bad layer.
         """
         check_request(max_sequence_length=max_sequence_length)
-        tokens = self._tokenize(strings("prompts", prompts), self.instruction(chi).text, max_sequence_length)
+        length = max_sequence_length or self.defaults["max_sequence_length"]
+        tokens = self._tokenize(strings("prompts", prompts), self.instruction(chi).text, length)
         return self._states(tokens), jnp.asarray(tokens.selected_mask)
 
     def _tokenize(self, prompts, instruction, length):
+        encoder = self._text_encoder()
         prompts = [text.clean(prompt, self.stack) for prompt in prompts]
-        return text.tokenize(self._text_encoder().tokenizer, prompts, instruction, length)
+        if encoder.vocabulary:
+            for i, prompt in enumerate(prompts):
+                if remark := encoder.vocabulary.remark(prompt):
+                    warnings.warn(f"prompts[{i}]: {remark}", stacklevel=4)
+            prompts = [prompt.lower() for prompt in prompts]
+        return text.tokenize(encoder.tokenizer, prompts, instruction, length)
 
     def _states(self, tokens):
         """Selected states of the text encoder; the last few texts and instructions are remembered."""
@@ -140,7 +152,7 @@ class Pipeline:
 
     def denoise(
         self, states, mask, negative_states=None, negative_mask=None, latents=None, *, steps=None,
-        guidance_scale=4.5, sampler=None, flow_shift=None, guidance_interval=EVERYWHERE, pag_scale=0.0,
+        guidance_scale=None, sampler=None, flow_shift=None, guidance_interval=EVERYWHERE, pag_scale=0.0,
         pag_layers=None, pag_adaptive_scale=0.0, step_noise=None, on_step=None,
     ):  # fmt: skip
         """Noise to latents.
@@ -192,6 +204,7 @@ class Pipeline:
         return out
 
     def _plan(self, **arguments):
+        arguments = requests.filled(arguments, self.defaults)
         return requests.plan(self.sana[0], self.stack, self.flow_shift, **arguments)
 
     def _latents(self, latents, count=None, grid=(None, None)):
@@ -232,9 +245,9 @@ class Pipeline:
         return programs.encode_program(params, images, dc_ae=module)
 
     def generate(
-        self, prompts, *, negative_prompts="", height=None, width=None, steps=None, guidance_scale=4.5,
+        self, prompts, *, negative_prompts="", height=None, width=None, steps=None, guidance_scale=None,
         num_images=1, seed=0, latents=None, sampler=None, flow_shift=None, chi="auto",
-        max_sequence_length=300, bin_resolution=True, output="uint8", guidance_interval=EVERYWHERE,
+        max_sequence_length=None, bin_resolution=True, output="uint8", guidance_interval=EVERYWHERE,
         first_image=0, pag_scale=0.0, pag_layers=None, pag_adaptive_scale=0.0, image=None,
         strength=None, step_noise=None, on_step=None,
     ):  # fmt: skip
@@ -245,10 +258,11 @@ class Pipeline:
           negative_prompts: str for all, or one for each prompt; never gets an instruction.  SANA-Sprint
             has no use for them.
           height, width: pixels; None is the size that the model was trained on.
-          steps: network evaluations per image (two halves each, with guidance); None is 20, and 2
-            for SANA-Sprint, which was made for 1 to 4.
+          steps: network evaluations per image (two halves each, with guidance).  None, here and in the
+            next and `max_sequence_length`, is the model's: what its folder says, else 20, and 2 for
+            SANA-Sprint, which was made for 1 to 4.
           guidance_scale: w in v_u + w (v_c - v_u); up to 1 means no guidance and half the work.
-            SANA-Sprint is told it instead.
+            SANA-Sprint is told it instead.  Published: 4.5.
           num_images: per prompt.
           seed: image i of the call starts from noise keyed (seed, first_image + i), whatever the batch.
           latents: [b h w c], the noise itself, at the painted size, in place of `seed`.
@@ -256,7 +270,7 @@ class Pipeline:
             alone; None is the model's.
           flow_shift: None is the checkpoint's.
           chi: the instruction before each prompt: "auto", "none" or its joined text.
-          max_sequence_length: prompt tokens that the transformer sees; the rest is cut.
+          max_sequence_length: prompt tokens that the transformer sees; the rest is cut.  Published: 300.
           bin_resolution: paint at the published size of the nearest aspect ratio, then resize and
             crop; else height and width must be multiples of 32.
           output: "uint8" [b H W 3]; "float", the same in [0, 1]; "latent" [b h w c] in model space.
@@ -314,7 +328,8 @@ class Pipeline:
             latents = self._latents(latents, count, grid)
         step_noise = self._step_noise(plan, step_noise, (count, *shape))
         negatives = negatives if plan.static["guided"] else None
-        conditions = self._conditions(prompts, negatives, self.instruction(chi).text, max_sequence_length, num_images)
+        length = max_sequence_length or self.defaults["max_sequence_length"]
+        conditions = self._conditions(prompts, negatives, self.instruction(chi).text, length, num_images)
         if latents is None:
             latents = programs.initial_latents(np.uint32(seed), indices, shape)
         if plan.static["sampler"] == "scm" and step_noise is None:

@@ -19,6 +19,16 @@ EVERYWHERE = (0.0, 1.0)
 STRENGTH = 0.6  # of img2img, as diffusers has it
 
 
+def defaults(module):
+    """What holds of `generate` where neither the caller nor the folder of `module`, a Sana, says: as published."""
+    return {"steps": 2 if module.guidance_embed else 20, "guidance_scale": 4.5, "max_sequence_length": 300}
+
+
+def filled(arguments, own):
+    """The arguments with a model's `own` defaults where they are None."""
+    return arguments | {name: own[name] for name in own.keys() & arguments.keys() if arguments[name] is None}
+
+
 def strings(field, value):
     """str or list of str -> list of str; raises InputError naming the entry."""
     values = [value] if isinstance(value, str) else value
@@ -86,13 +96,13 @@ def _unless_none(check):
 
 CHECKS = {  # arguments of `generate` whose rule does not depend on the model
     "steps": _unless_none(lambda v: require_range("steps", v, 1, 1000)),
-    "guidance_scale": lambda v: require_range("guidance_scale", v, 0, 100, float),
+    "guidance_scale": _unless_none(lambda v: require_range("guidance_scale", v, 0, 100, float)),
     "num_images": lambda v: require_range("num_images", v, 1, 4096),
     "seed": lambda v: require_range("seed", v, 0, 2**32 - 1),
     "first_image": _check_first_image,
     "sampler": _unless_none(lambda v: require_choice("sampler", v, tuple(SAMPLERS))),
     "flow_shift": _unless_none(lambda v: require_range("flow_shift", v, 0.01, 100, float)),
-    "max_sequence_length": lambda v: require_range("max_sequence_length", v, 2, 4096),
+    "max_sequence_length": _unless_none(lambda v: require_range("max_sequence_length", v, 2, 4096)),
     "output": lambda v: require_choice("output", v, OUTPUTS),
     "bin_resolution": lambda v: require_choice("bin_resolution", v, (True, False)),
     "guidance_interval": _check_interval,
@@ -130,7 +140,7 @@ def plan(
     module, stack, default_shift, *, sampler, steps, guidance_scale, guidance_interval, flow_shift,
     pag_scale, pag_layers, pag_adaptive_scale, strength=None, guided=False,
 ):  # fmt: skip
-    """The `Plan` of these arguments of `generate`, which `check_request` has passed.
+    """The `Plan` of these arguments of `generate`, which `check_request` has passed and `filled` completed.
 
     Args:
       module, stack: the Sana and the Stack that it follows.
@@ -147,7 +157,6 @@ def plan(
     if sampler == "scm" and not sprint:
         others = " or ".join(repr(name) for name in SAMPLERS if name != "scm")
         raise InputError(f"sampler='scm': only samples SANA-Sprint transformers; this one takes {others}")
-    steps = steps or (2 if sprint else 20)
     interval = tuple(float(edge) for edge in guidance_interval)
     if sprint:
         for name, value, plain in (

@@ -9,7 +9,7 @@ import tempfile
 import flax.traverse_util
 import numpy as np
 
-from sana_jax import schedulers
+from sana_jax import extras, requests, schedulers
 from sana_jax.checkpoints import dc_ae as dc_ae_names
 from sana_jax.checkpoints import gemma2 as gemma2_names
 from sana_jax.checkpoints import sana as sana_names
@@ -17,7 +17,6 @@ from sana_jax.checkpoints.rules import to_torch
 from sana_jax.checkpoints.write import umask, write_json, write_safetensors
 from sana_jax.components import fields_of, published_rules
 from sana_jax.errors import InputError
-from sana_jax.loading import EXTRAS
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.sana import Sana
 from sana_jax.stacks import STACKS
@@ -150,5 +149,11 @@ def write_pipeline(pipeline, folder):
     write_json(folder / "scheduler" / "scheduler_config.json", config)
     index = COMPONENTS | {"tokenizer": ["transformers", type(encoder.tokenizer).__name__]}
     write_json(folder / "model_index.json", schedulers.pipeline_entries(pipeline.sana[0]) | index)
-    extras = {"stack": pipeline.stack.name, "complex_human_instruction": encoder.instruction}
-    write_json(folder / EXTRAS, {k: v for k, v in extras.items() if v is not None})
+    published = requests.defaults(pipeline.sana[0])
+    said = {
+        "stack": pipeline.stack.name,
+        "complex_human_instruction": encoder.instruction,
+        **{name: value for name, value in pipeline.defaults.items() if value != published[name]},
+        "vocabulary": encoder.vocabulary and sorted(encoder.vocabulary.words),
+    }
+    extras.write(folder, said)

@@ -25,6 +25,7 @@ from sana_jax.files import read_bounded
 
 LENGTH = 300  # tokens that SANA was trained with
 BUCKETS = (64, 128, 300)
+MOST_NAMED = 10  # unknown words of one prompt in a warning
 LARGEST_FILE = 1 << 20  # bytes of an instruction; the published ones have a few thousand
 FLAGS = re.compile(r"--(?:aspect_ratio|ar|hw)")
 
@@ -60,6 +61,34 @@ def clean(prompt, stack):
     if stack.lower_case:
         prompt = prompt.lower()
     return prompt.strip()
+
+
+def words(text):
+    """The words of a text, lower-case, in order: runs of letters and digits."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The words that a model was trained with, lower-case: its prompts are lower-cased too.
+
+    owner, advice: for people, whose they are, and what to do about another word.
+    """
+
+    words: frozenset
+    owner: str = "the model"
+    advice: str = ""
+
+    def remark(self, prompt):
+        """A sentence that names the words of a prompt that are none of these, "" without any."""
+        found = words(prompt)
+        unknown = list(dict.fromkeys(word for word in found if word not in self.words))
+        if not unknown:
+            return ""
+        more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+        nothing = "" if set(found) & self.words else "; the picture is of anything, since no word of it is"
+        listed = ", ".join(unknown[:MOST_NAMED])
+        return f"not in {self.owner}'s vocabulary: {listed}{more}{nothing}{self.advice and '; '}{self.advice}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,13 +39,17 @@ def random_params(model, seed=0):
     return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def make_run(folder, model, steps=(3,), ema=None, frozen=Frozen()):
-    """The folder of a run; parameters of step n are `random_params(model, n)`, their average twice that."""
-    config = Experiment(
+def make_config(folder, model, steps=(3,), ema=None, frozen=Frozen()):
+    return Experiment(
         model=model, objective=OBJECTIVES[type(model)], optim=Optim(optimizer.AdamW(), ema=ema), steps=max(steps),
         data=Data(Synthetic(8, 64), batch=8, size=64, buckets=False), frozen=frozen, preview=Preview(every=0),
         workdir=str(folder), name="toy",
     )  # fmt: skip
+
+
+def make_run(folder, model, steps=(3,), ema=None, frozen=Frozen()):
+    """The folder of a run; parameters of step n are `random_params(model, n)`, their average twice that."""
+    config = make_config(folder, model, steps, ema, frozen)
     store = Store(pathlib.Path(folder) / "checkpoints", keep=len(steps))
     for step in steps:
         params = jax.tree.map(jax.numpy.asarray, random_params(model, step))

@@ -3,6 +3,7 @@
 import pytest
 
 import sana_jax
+from sana_jax import bundled
 from sana_jax.cli import flags
 from tests import sample_runs
 from tests.sample_runs import refused, run
@@ -17,6 +18,7 @@ def never(*_, **__):
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch):
     monkeypatch.setattr(sana_jax, "load_pipeline", never)
+    monkeypatch.setattr(bundled, "folder", lambda: None)
 
 
 WRONG = [

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import sana_jax
-from sana_jax import images
+from sana_jax import bundled, images
 from sana_jax.cli import records
 from tests import sample_runs
 from tests.sample_runs import refused, run
@@ -159,9 +159,9 @@ def test_a_picture_that_names_a_pickle(painted, monkeypatch, tmp_path):
     assert text == "model='hf://evil/repo/model.pth': is a pickle that evil.png names; pass --model yourself if you trust that file"
 
 
-def test_a_picture_of_another_tool(painter, model, tmp_path):
+def test_a_picture_of_another_tool(painter, model, tmp_path, monkeypatch):
     chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("parameters", "a cat\nNegative prompt: dog\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7, Seed: 42, Size: 512x768, Model: x")
+    chunk.add_text("parameters", "a cat\nNegative prompt: dog\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7, Seed: 42, Size: 64x96, Model: x")
     Image.new("RGB", (8, 8)).save("foreign.png", pnginfo=chunk)
     status, out, err = run("--from-image", "foreign.png", "--model", model, "--seed", 1, "-o", "b.png", *QUIET)
     assert (status, err) == (0, (
@@ -171,8 +171,9 @@ def test_a_picture_of_another_tool(painter, model, tmp_path):
     ((prompts, given),) = painter.calls
     assert (prompts, given["negative_prompts"]) == (["a cat"], ["dog"])
     found = {name: given[name] for name in ("steps", "guidance_scale", "seed", "width", "height", "sampler")}
-    assert found == dict(steps=30, guidance_scale=7.0, seed=1, width=512, height=768, sampler="flow-dpm-solver")
+    assert found == dict(steps=30, guidance_scale=7.0, seed=1, width=64, height=96, sampler="flow-dpm-solver")
     assert "foreign.png: a variation: " in out
+    monkeypatch.setattr(bundled, "NAME", "absent")
     status, _, err = run("--from-image", "foreign.png", "-o", "b.png", *QUIET)
     assert status == 2 and "model: none given" in err
 

@@ -161,8 +161,9 @@ def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300):
         raise InputError(f"size={size}: must be a multiple of {dc_ae.compression}")
     if batch % mesh.shape["data"]:
         raise InputError(f"batch={batch}: must be a multiple of the mesh's data={mesh.shape['data']}")
+    sampling = requests.filled({"steps": steps, "guidance_scale": None}, requests.defaults(module))
     plan = requests.plan(
-        module, DIFFUSERS, 3.0, sampler=None, steps=steps, guidance_scale=4.5, guidance_interval=requests.EVERYWHERE,
+        module, DIFFUSERS, 3.0, sampler=None, **sampling, guidance_interval=requests.EVERYWHERE,
         flow_shift=None, pag_scale=0, pag_layers=None, pag_adaptive_scale=0, guided=True,
     )  # fmt: skip
     side = size // dc_ae.compression

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 
+from sana_jax import bundled
 from sana_jax.errors import InputError
 
 NEGATIVE = "Negative prompt:"
@@ -39,7 +40,7 @@ def write(record):
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": record["model_sha256"][:10],
-        "Model": pathlib.PurePath(record["loading"]["model"]).name,
+        "Model": pathlib.PurePath(record["loading"]["model"] or f"sana_jax-{bundled.NAME}").name,
         "Version": f"sana_jax {record['versions']['sana_jax']}",
     }
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items())])

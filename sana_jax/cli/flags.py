@@ -10,14 +10,10 @@ import re
 import secrets
 from typing import NamedTuple
 
-from sana_jax import images, precision
+from sana_jax import bundled, images, precision
 from sana_jax.cli import records
 from sana_jax.errors import InputError, nearest, require_choice, require_range
 
-NO_MODEL = (
-    "model: none given and none is bundled yet; pass --model with a folder in diffusers layout or a "
-    "Hugging Face id, e.g. Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-)
 PROGRESS = ("auto", "images", "steps", "none")
 
 
@@ -35,15 +31,15 @@ def sampler_name(word):
 
 
 SETTINGS = {
-    "steps": Setting(int, ("num-inference-steps", "step"), "network evaluations per image (20; 2 for Sprint)"),
-    "guidance-scale": Setting(float, ("cfg", "cfg-scale"), "classifier-free guidance (4.5); 1 is none"),
+    "steps": Setting(int, ("num-inference-steps", "step"), "network evaluations per image (the model's: 20, 2 for Sprint)"),
+    "guidance-scale": Setting(float, ("cfg", "cfg-scale"), "classifier-free guidance (the model's, 4.5 as published); 1 is none"),
     "seed": Setting(int, (), "image i starts from noise keyed (seed, i) (0); -1 draws one"),
     "sampler": Setting(sampler_name, ("vis-sampler", "sampling-algo"), "flow-dpm-solver, flow-euler, or scm (Sprint)"),
     "flow-shift": Setting(float, (), "of the noise schedule (the checkpoint's)"),
     "pag-scale": Setting(float, (), "perturbed-attention guidance (0, which is none)"),
     "pag-adaptive-scale": Setting(float, (), "how fast that guidance fades (0)"),
     "strength": Setting(float, (), "with --image: how much of it is repainted (0.6)"),
-    "max-sequence-length": Setting(int, (), "prompt tokens that count (300)"),
+    "max-sequence-length": Setting(int, (), "prompt tokens that count (the model's, 300 as published)"),
 }
 
 
@@ -156,7 +152,8 @@ def make_parser(description, groups=SETTINGS):
 
     model = parser.add_argument_group("model")
     add(model, "model", "model-path", "pretrained-model-name-or-path", metavar="MODEL",
-        help="folder in diffusers layout, Hugging Face id (owner/name[@revision]), short name, or file of weights")
+        help="folder in diffusers layout, Hugging Face id (owner/name[@revision]), short name, or file of weights; "
+        "left out: the bundled model, which knows shapes and nothing else")
     add(model, "revision", metavar="NAME", help="branch, tag or commit of a Hugging Face id")
     add(model, "variant", metavar="NAME", help="which weight files, where there are several: bf16, fp16")
     add(model, "dc-ae", metavar="PATH", help="another autoencoder; needed with a file of weights")
@@ -306,8 +303,8 @@ def loading(args, recipe=None):
         if given.get("model", found["model"]) != found["model"]:
             found = found | {"revision": None}  # of another model
     found = found | given
-    if found["model"] is None:
-        raise InputError(NO_MODEL)
+    if found["model"] is None:  # and it stays so: a record is read where the bundled folder is another
+        bundled.require()
     words = {"chi": ("auto", "none")}
     for name in ("model", "dc_ae", "text", "chi"):
         if found[name] is not None and found[name] not in words.get(name, ()) and os.path.exists(found[name]):

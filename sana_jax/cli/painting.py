@@ -13,7 +13,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from sana_jax import images, precision, requests, text
+from sana_jax import bundled, images, precision, requests, text
 from sana_jax.cli import jobs, records
 from sana_jax.errors import InputError, NonFiniteError
 from sana_jax.hub import download, fingerprints, folders
@@ -24,6 +24,7 @@ PLANNED = (
     "pag_adaptive_scale",
 )  # fmt: skip
 LARGE = 100_000_000  # parameters that make a CPU slow
+ODD = 4  # times more or fewer pixels than those of training: pictures lose their sense
 SAVERS = 4  # threads: a PNG of a megapixel takes a third of a second, and Pillow frees the others meanwhile
 
 
@@ -33,7 +34,8 @@ def complete(picture, model, ratio=None):
     `ratio` is (width, height) of --ar and stands for a size.  Raises InputError: a setting that this
     model has no use for.
     """
-    module, settings, strength = model.sana[0], picture.settings, None
+    module, strength = model.sana[0], None
+    settings = requests.filled(picture.settings, model.defaults)
 
     def plan(strength):
         with warnings.catch_warnings():
@@ -93,8 +95,20 @@ def slowness(model):
     return f"this is a CPU, and the transformer has {count / 1e9:.1f} billion parameters: expect minutes for each picture"
 
 
+def strangeness(model, pictures):
+    """A warning where a picture is painted far from the size that the model was trained on, else None."""
+    side = model.sana[0].sample_size * PATCH
+    for picture in pictures:
+        settings = picture.settings
+        height, width = painted_size(settings["height"], settings["width"], model.sana[0].sample_size)
+        if not side**2 / ODD <= height * width <= side**2 * ODD:
+            return f"{width} x {height}: this model was trained at {side} x {side}, and paints well only near that"
+    return None
+
+
 def fingerprint(loading):
     """One sha256 for all that `load_pipeline` reads for `records.LOADING`."""
+    loading = loading | {"model": loading["model"] or bundled.require()}
     wanted, lines = precision.short(loading["dtype"]), []
     for name, part in {"model": None, "dc_ae": "vae", "text": "text_encoder"}.items():
         if loading[name] is not None:

@@ -26,20 +26,20 @@ SETTINGS = {  # what makes a picture, and what holds where nobody says; None is 
     "width": None,
     "steps": None,
     "sampler": None,
-    "guidance_scale": 4.5,
+    "guidance_scale": None,
     "guidance_interval": [0.0, 1.0],
     "flow_shift": None,
     "pag_scale": 0.0,
     "pag_layers": None,
     "pag_adaptive_scale": 0.0,
-    "max_sequence_length": 300,
+    "max_sequence_length": None,
     "init_image": None,  # path of the picture that it starts from
     "init_image_sha256": None,
     "strength": None,
 }
 WORDS = ("prompt", "negative_prompt", "init_image", "init_image_sha256")
 LOADING = {  # arguments of `load_pipeline`, and the instruction, as they were given
-    "model": None,
+    "model": None,  # the bundled one
     "revision": None,
     "variant": None,
     "dc_ae": None,

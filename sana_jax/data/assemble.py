@@ -21,12 +21,13 @@ Image.core.set_blocks_max(8)
 class Contents(NamedTuple):
     """What every batch holds, found once from the first good record.
 
-    image: whether it has pixels.
+    image: whether it has pixels.  scene: how many numbers of a scene to be painted, or None.
     latent, states: (channels, dtype), or None.
     texts: {name: (shape of a row, dtype)} of what a tokenizer makes.
     """
 
     image: bool = False
+    scene: int | None = None
     latent: tuple | None = None
     states: tuple | None = None
     texts: dict = {}
@@ -69,6 +70,7 @@ def contents(reader, inputs, shape_of, tokenize):
 def _contents(record, inputs, shape, tokenize):
     arrays = {name: record.arrays.get(name) for name in ("latent", "states") if name in inputs}
     latent, states, found = arrays.get("latent"), arrays.get("states"), {}
+    scene = record.arrays.get("scene")
     if latent is not None:
         if latent.ndim != 3 or tuple(PATCH * side for side in latent.shape[:2]) != tuple(shape):
             raise InputError(
@@ -78,6 +80,8 @@ def _contents(record, inputs, shape, tokenize):
         found["latent"] = (latent.shape[2], _dtype(latent))
     elif "image" in inputs and record.image is not None:
         found["image"] = True
+    elif "image" in inputs and scene is not None:
+        found["scene"] = len(scene)
     elif {"latent", "image"} & set(inputs):
         raise InputError(f"data.source: {record.key} has no {' and no '.join(inputs[:2])}")
     if states is not None:
@@ -151,6 +155,8 @@ class Assemble:
             found["latent"] = ((b, height // PATCH, width // PATCH, channels), dtype)
         elif self.contents.image:
             found["image"] = ((b, height, width, 3), np.uint8)
+        elif self.contents.scene:
+            found["scene"] = ((b, self.contents.scene), np.float32)
         if self.contents.states:
             channels, dtype = self.contents.states
             found["states"] = ((b, self.length, channels), dtype)
@@ -166,6 +172,8 @@ class Assemble:
                 raise BadRecord("unreadable", "no picture")
             image = batch["image"][row]
             image[...] = images.decode(record.image, *image.shape[:2])
+        elif "scene" in batch:
+            place(batch["scene"][row], record.arrays.get("scene"), "scene")
         if "states" in batch:
             place_states(batch["states"][row], batch["mask"][row], record.arrays)
         elif self.contents.texts:

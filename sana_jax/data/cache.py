@@ -180,6 +180,7 @@ class _Work:
         self.reader, self.options, self.tokenize, self.constants, self.mesh = reader, options, tokenize, constants, mesh
         self.seed, self.threads, self.captions = config.seed, config.data.threads, config.data.captions or Captions()
         self.shapes = buckets.shapes(config.data.size, config.data.buckets)
+        self.paint = layout.painter(reader, mesh)
         sizes = reader.sizes
         self.places = buckets.assign(sizes, config.data.size) if config.data.buckets else np.zeros(len(sizes), int)
 
@@ -195,8 +196,9 @@ class _Work:
             for name, rows in shards:
                 found = {}
                 for batch in self._ahead(pool, rows):
-                    found |= self._encode(*batch)
-                    progress.update(len(batch[1]))
+                    made = self._encode(*batch)
+                    found |= made
+                    progress.update(len(made))
                 self._require_whole(out / name, found)
                 with Writer(out / name) as writer:
                     for row in rows:
@@ -236,10 +238,11 @@ class _Work:
             yield pending.popleft().result()
 
     def _decode(self, place, rows):
-        """(pixels [b H W 3], rows, a Record or a BadRecord for each, captions [b]); b is always the same."""
+        """({"image": [b H W 3]} or {"scene": [b P]}, (H, W), rows, a Record or a BadRecord for each,
+        captions [b]); b is always the same."""
         height, width = self.shapes[place]
         pixels = np.zeros((self.options.batch, height, width, 3), np.uint8)
-        texts, records = [""] * self.options.batch, []
+        scenes, texts, records = {}, [""] * self.options.batch, []
         for i, row in enumerate(rows):
             try:
                 record = read_one(self.reader, row)
@@ -248,20 +251,27 @@ class _Work:
                 if self.tokenize is not None:
                     key = np.array([self.seed, row], np.uint64)
                     texts[i] = self.captions.choose(record, np.random.Generator(np.random.Philox(key=key)))[1]
-                if record.image is None:
+                if "scene" in record.arrays:
+                    scenes[i] = record.arrays["scene"]
+                elif record.image is None:
                     raise BadRecord("unreadable", "no picture")
-                pixels[i] = images.decode(record.image, height, width)
+                else:
+                    pixels[i] = images.decode(record.image, height, width)
                 records.append(record)
             except BadRecord as bad:
                 texts[i] = ""
                 records.append(bad)
-        return pixels, rows, records, texts
+        pictures = {"image": pixels}
+        if scenes:
+            some = next(iter(scenes.values()))
+            pictures = {"scene": np.stack([scenes.get(i, 0 * some) for i in range(self.options.batch)])}
+        return pictures, (height, width), rows, records, texts
 
-    def _encode(self, pixels, rows, records, texts):
+    def _encode(self, pictures, shape, rows, records, texts):
         """{row: Record with features, or BadRecord}."""
         modules, params = self.constants.modules, self.constants.params
         tokens = {} if self.tokenize is None else self.tokenize(texts)
-        batch = layout.put_batch({"image": pixels} | tokens, self.mesh)
+        batch = self.paint(layout.put_batch(pictures | tokens, self.mesh), shape)
         arrays = {"latent": _latents(params["dc_ae"], batch["image"], dc_ae=modules["dc_ae"])}
         if tokens:
             arrays["states"], mask = map(np.asarray, text_states(self.constants, batch))

@@ -4,7 +4,8 @@
 
 Reads every record of a folder (pictures, tars, shards or features) or of an experiment's data as
 training would, pictures decoded and captions chosen, and prints counts, sizes of batches, captions,
-and every kind of problem with examples.  Exit status: 0 nothing is wrong, 1 something is, 2 bad input.
+and every kind of problem with examples.  Of scenes, which go on without end, the first 10000 are read.
+Exit status: 0 nothing is wrong, 1 something is, 2 bad input.
 """
 
 import argparse
@@ -28,15 +29,17 @@ from sana_jax.errors import InputError
 
 EXAMPLES = 3  # of each problem
 WINDOW = 4096  # records on their way at a time
+SCENES = 10_000  # of a source that makes up its records
 
 
 @dataclasses.dataclass
 class Findings:
     """counts: of records by what they have.  captions, scores: of each captioner.  shapes: good records
     by (height, width).  bad: {reason: [count, examples]}.  notes: of the source as a whole,
-    and why training would not begin."""
+    and why training would not begin.  more: records that were not looked at."""
 
     records: int = 0
+    more: int = 0
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     captions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     lengths: dict = dataclasses.field(default_factory=dict)
@@ -53,7 +56,7 @@ class Findings:
 def check(
     reader, *, size=512, aspect=True, captions=Captions(), tokens=300, inputs=INPUTS, texts=True, pixels=True, threads=None
 ):
-    """Looks at every record of a reader; returns `Findings`.
+    """Looks at every record of a reader, at the first 10000 where it paints them; returns `Findings`.
 
     Args:
       size, aspect, tokens: as `Data.size`, `Data.buckets` and `Data.tokens`.
@@ -62,8 +65,9 @@ def check(
       pixels: decode pictures, instead of reading their headers only.
     """
     found, shapes = Findings(records=len(reader)), buckets.shapes(size, aspect)
-    sizes = reader.sizes
-    places = buckets.assign(sizes, size) if aspect else np.zeros(len(sizes), int)
+    if hasattr(reader, "paint"):
+        found.records = min(found.records, SCENES)
+    places = buckets.assign(reader.sizes, size) if aspect else np.zeros(found.records, int)
 
     look = _Look(shapes, captions, tokens, inputs, texts, pixels)
     try:
@@ -77,13 +81,14 @@ def check(
 
     threads = threads or min(32, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        progress = tqdm.tqdm(total=len(reader), unit=" records", disable=None, leave=False)
-        for start in range(0, len(reader), WINDOW):
-            rows = range(start, min(start + WINDOW, len(reader)))
+        progress = tqdm.tqdm(total=found.records, unit=" records", disable=None, leave=False)
+        for start in range(0, found.records, WINDOW):
+            rows = range(start, min(start + WINDOW, found.records))
             for row, seen in zip(rows, pool.map(look_at, rows)):
                 _note(found, reader, row, seen, shapes[places[row]])
                 progress.update()
         progress.close()
+    found.more = len(reader) - found.records
     notes = getattr(reader, "notes", {})
     found.notes += [*notes.get("damage", ()), *notes.get("refused", ())]
     return found
@@ -152,7 +157,8 @@ def _note(found, reader, row, seen, shape):
 def report(found):
     """The findings as lines of text."""
     good = sum(found.shapes.values())
-    lines = [f"{found.records} records, {good} can be trained on"]
+    first = f"the first {found.records} of {found.records + found.more}" if found.more else f"{found.records}"
+    lines = [f"{first} records, {good} can be trained on"]
     lines += [f"  {count} with {name}" for name, count in sorted(found.counts.items())]
     for name, count in found.captions.most_common():
         line = f"  {count} captions {name!r}, {found.lengths[name] / count:.0f} characters on average"

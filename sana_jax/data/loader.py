@@ -8,7 +8,8 @@ A batch is a dict of numpy arrays, this host's rows of the global batch:
 
     weight [b] float32, 1, or 0 for a placeholder;  position [b] uint32, the global sample number;
     bad [b] int32, 0 or the number of a reason (`records.REASONS`);
-    image [b H W 3] uint8, or latent [b h w c] as the autoencoder made it;
+    image [b H W 3] uint8, or latent [b h w c] as the autoencoder made it, or scene [b P] float32, which
+        the reader's `paint` turns into an image of `loader.shape` on the device;
     ids [b M] int32 and ids_mask [b M] bool, or states [b m d] and mask [b m] bool.
 """
 
@@ -45,7 +46,8 @@ class Loader:
         ("image",) insists on pixels and () does without; "states" in place of captions to tokenize.
       host, hosts: which rows of a global batch are this process's: an equal share, in order.
     Attributes:
-      names: of the arrays in a batch.
+      names: of the arrays in a batch, when it is painted.
+      shape: (height, width) in pixels of the last batch, None before the first.
       layouts: {(height, width) in pixels: {name: (shape, dtype)}}, every kind of batch there is.
       counts: {reason: bad records} of this host.
       wait_seconds: spent in `next`, for batches that were not ready.
@@ -85,7 +87,8 @@ class Loader:
         self.samples, self.wait_seconds, self.counts = 0, 0.0, collections.Counter()
         used = [bucket for bucket, count in enumerate(counts) if count]
         self.layouts = {shapes[bucket]: self._batch.layout(bucket) for bucket in used}
-        self.names = frozenset(self._batch.layout(0))
+        self.names = frozenset("image" if name == "scene" else name for name in self._batch.layout(0))
+        self.shape = None
 
     def __iter__(self):
         return self
@@ -110,6 +113,8 @@ class Loader:
         first = self.samples + self._batch.start
         if batch["position"][0] != first:
             raise RuntimeError(f"batch of sample {batch['position'][0]} in the place of {first}")
+        bucket, _ = self._batch.schedule.place(self.samples // self._data.batch)
+        self.shape = self._batch.shapes[bucket]
         self.samples += self._data.batch
         self._count(batch)
         return batch

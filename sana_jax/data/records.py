@@ -1,8 +1,10 @@
 """What a reader gives back for one record, and why one may be bad.
 
 A reader has `len(reader)`, `reader.sizes` (int32 [n 2], width and height, 0 0 where unknown),
-`reader[i]` (a Record, or BadRecord raised) and `reader.fingerprint()`; it can be pickled.  One more is
-used where a reader has it: `reader.key(i)`, the name of a record without reading it.
+`reader[i]` (a Record, or BadRecord raised) and `reader.fingerprint()`; it can be pickled.  Two more are
+used where a reader has them: `reader.key(i)`, the name of a record without reading it, and, where the
+records are scenes that the device paints, `reader.paint(scenes, height, width)`: float32 [b P], each
+the "scene" of a record or zeros, -> uint8 [b height width 3], to be jitted.
 """
 
 from typing import NamedTuple
@@ -63,4 +65,4 @@ class Record(NamedTuple):
     image: bytes | None = None  # an encoded picture
     captions: dict[str, str] = {}  # {captioner: text}
     scores: dict[str, float] = {}  # {captioner: CLIP score}
-    arrays: dict[str, np.ndarray] = {}  # cached: latent [h w c], states [m d], mask [m], ids, ...
+    arrays: dict[str, np.ndarray] = {}  # cached: latent [h w c], states [m d], mask [m], ids, ...; scene [P]

@@ -7,10 +7,9 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 
-from sana_jax import components, schedulers, text
+from sana_jax import components, extras, schedulers, text
 from sana_jax.checkpoints.read import read_json
 from sana_jax.errors import InputError, require_choice, require_range
-from sana_jax.loading import EXTRAS
 from sana_jax.pipeline import Pipeline, TextEncoder
 from sana_jax.resolution import PATCH
 from sana_jax.stacks import DIFFUSERS
@@ -140,7 +139,6 @@ def make(model, reference, *, prompt, size, steps, rungs, bfloat16):
     with warnings.catch_warnings():  # Case.sampler follows Euler
         warnings.filterwarnings("ignore", ".*these weights came with Euler")
         flow_shift = schedulers.read_flow_shift(model / "scheduler")
-    extras = read_json(model / EXTRAS) if (model / EXTRAS).is_file() else {}
     return Case(
         model=model,
         reference=reference,
@@ -148,7 +146,7 @@ def make(model, reference, *, prompt, size, steps, rungs, bfloat16):
         stored=stored,
         flow_shift=flow_shift,
         scheduler=scheduler,
-        instruction=text.find_instruction("auto", DIFFUSERS, extras.get("complex_human_instruction")),
+        instruction=text.find_instruction("auto", DIFFUSERS, extras.read(model).get("complex_human_instruction")),
         prompt=prompt,
         size=(height, width),
         steps=steps,

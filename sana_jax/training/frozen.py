@@ -10,14 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sana_jax import precision, programs, text
-from sana_jax.checkpoints.read import read_json
+from sana_jax import extras, precision, programs, text
 from sana_jax.data.records import BadRecord
 from sana_jax.data.tokens import Tokenizer
-from sana_jax.data.vocabulary import learn
+from sana_jax.data.vocabulary import Words, learn
 from sana_jax.errors import InputError
 from sana_jax.hub.download import find_model
-from sana_jax.loading import EXTRAS
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.saving import new_folder
@@ -114,9 +112,11 @@ def tokenizer(config, reader):
         folder = tokenizer_folder(config)
         if jax.process_index() == 0 and not initialise.has_steps(config.workdir):
             shutil.rmtree(folder, ignore_errors=True)  # of a start that came to nothing, perhaps of other data
-            learned = learn(_all_captions(reader), config.model.vocab_size)
+            words = Words()
+            learned = learn(words.of(_all_captions(reader)), config.model.vocab_size)
             with new_folder(folder) as partial:
                 learned.save_pretrained(partial)
+                words.write(partial)
         processes.meet("tokenizer")
     found = Tokenizer(tokenizer_folder(config), instruction(config), config.data.tokens)
     if isinstance(config.model, Gemma2) and found.vocab_size > config.model.vocab_size:
@@ -163,8 +163,7 @@ def instruction(config):
     source = config.frozen.text
     if not source or config.frozen.chi == "none" or isinstance(config.model, Gemma2):
         return ""
-    extras = _folder(source) / EXTRAS
-    said = read_json(extras).get("complex_human_instruction") if extras.is_file() else None
+    said = extras.read(_folder(source)).get("complex_human_instruction")
     return text.find_instruction(config.frozen.chi, NVLABS, said).text
 
 

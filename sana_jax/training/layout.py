@@ -140,6 +140,23 @@ def put_batch(batch, mesh):
     }
 
 
+def painter(reader, mesh):
+    """paint(batch, shape) puts "image" [b H W 3] in the place of the "scene" of a batch on the mesh, each
+    device its own rows; `shape` is (H, W).  What has no scene stays as it is (see `data.records`).
+    """
+    if not hasattr(reader, "paint"):
+        return lambda batch, shape: batch
+    program = jax.jit(reader.paint, static_argnums=(1, 2), out_shardings=batch_sharding(mesh))
+
+    def paint(batch, shape):
+        if "scene" not in batch:
+            return batch
+        rest = {name: rows for name, rows in batch.items() if name != "scene"}
+        return rest | {"image": program(batch["scene"], *shape)}
+
+    return paint
+
+
 def check_batch(batch, accumulate, mesh):
     """Whether a batch can be cut evenly; to be asked before any work.
 

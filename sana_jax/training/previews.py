@@ -81,6 +81,9 @@ def first_rows(reader, config, tokenize=None):
         for _ in range(BATCHES):
             batch = next(loader)
             good = batch["weight"] > 0
+            if "scene" in batch:
+                paint = jax.jit(reader.paint, static_argnums=(1, 2))
+                batch["image"] = np.asarray(paint(batch.pop("scene"), *loader.shape))
             if good.any():
                 return {name: rows[good] for name, rows in batch.items()}
     raise InputError(f"data.source: no good record in {BATCHES * ROWS}, for previews; preview.every=0 makes none")

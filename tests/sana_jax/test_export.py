@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sana_jax import components, export, loading
-from sana_jax.data.vocabulary import learn
+from sana_jax.data.vocabulary import Words, learn
 from sana_jax.errors import InputError
 from sana_jax.experiment import Frozen
 from tests.runs import DC_AE, GEMMA2, SANA, make_run, random_params
@@ -22,7 +22,9 @@ def runs(tmp_path_factory):
     """Three runs: an autoencoder, a text encoder, and the flow that uses both; only the last has an average."""
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "autoencoder", DC_AE)
-    learn(CAPTIONS, 320).save_pretrained(make_run(folder / "text", GEMMA2) / "tokenizer")
+    words = Words()
+    learn(words.of(CAPTIONS), 320).save_pretrained(make_run(folder / "text", GEMMA2) / "tokenizer")
+    words.write(folder / "text" / "tokenizer")
     frozen = Frozen(dc_ae=str(folder / "autoencoder"), text=str(folder / "text"), chi="Describe: ")
     make_run(folder / "flow", SANA, steps=(2, 3), ema=0.9, frozen=frozen)
     return folder
@@ -49,6 +51,8 @@ def test_a_pipeline_that_samples_as_it_was_trained(pipeline_folder):
     pipeline = loading.load_pipeline(pipeline_folder)
     assert (pipeline.stack.name, pipeline.flow_shift, pipeline.instruction().text) == ("nvlabs", 2.0, "Describe: ")
     assert pipeline.sana[0] == SANA and pipeline.dc_ae[0] == DC_AE and pipeline.text.gemma2 == GEMMA2
+    assert pipeline.defaults == {"steps": 20, "guidance_scale": 4.5, "max_sequence_length": 300}, "the run's"
+    assert pipeline.text.vocabulary.words == frozenset("a cat blue circle green large on red ring small white".split())
     assert_equal(pipeline.sana[1], doubled(random_params(SANA, 3)))
     assert_equal(pipeline.dc_ae[1], random_params(DC_AE, 3))
     assert_equal(pipeline.text.params, random_params(GEMMA2, 3))
@@ -78,9 +82,10 @@ def test_a_component_alone(runs, tmp_path):
 def test_components_stand_in_for_runs(runs, tmp_path, pipeline_folder):
     """--dc-ae and --text name folders that are published or exported as well."""
     export.export(runs / "text", tmp_path / "text")
-    given = ["--dc-ae", str(pipeline_folder), "--text", str(tmp_path / "text"), "--dtype", "bf16"]
+    given = ["--dc-ae", str(pipeline_folder), "--text", str(tmp_path / "text"), "--dtype", "bf16", "--default", "guidance-scale=3"]
     assert export.main([str(runs / "flow"), str(tmp_path / "out"), *given]) == 0
     pipeline = loading.load_pipeline(tmp_path / "out")
+    assert (pipeline.defaults["guidance_scale"], len(pipeline.text.vocabulary.words)) == (3, 11)
     for (module, params), model in ((pipeline.dc_ae, DC_AE), ((pipeline.text.gemma2, pipeline.text.params), GEMMA2)):
         assert module.param_dtype == jnp.bfloat16
         assert_equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(model, 3)))
@@ -102,6 +107,9 @@ def test_what_cannot_be_exported(runs, tmp_path, capsys):
     assert "frozen.dc_ae: the run names none; --dc-ae says" in message(tmp_path / "bare", out)
     (tmp_path / "bare" / "checkpoints" / "3" / "meta" / "metadata").write_text("{}")
     assert "meta is not what was saved" in message(tmp_path / "bare", out)
+    assert "default=['steps=3']: of a pipeline alone" in message(runs / "text", out, "--default", "steps=3")
+    assert "steps=0: must be an int" in message(runs / "flow", out, "--default", "steps=0")
+    assert "field='stepz': must be one of 'stack'" in message(runs / "flow", out, "--default", "stepz=3")
     with pytest.raises(SystemExit):
         export.main([str(runs / "flow"), str(out), "--nothing"])
 

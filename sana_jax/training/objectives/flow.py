@@ -4,6 +4,7 @@ Shapes: b rows, h w latent grid, c channels, m caption tokens, d channels of the
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ class Flow:
     Attributes:
       shift: of the noise levels; 3, and 6 at 4K.
       logit_mean, logit_std: the numbers of the levels are logit-normal.
-      caption_dropout: share of rows whose text states become those of the empty caption; they keep
-        the mask of their own caption, as published.
+      caption_dropout: share of rows whose text states become those of the empty caption.
+      dropped_mask: what such a row attends to.  "caption": as many tokens as its own caption has, as
+        published and as the stack "nvlabs" samples; "empty": the empty caption's one token, as diffusers'
+        negative prompt does.
       scaling_factor: of the autoencoder whose latents these are.
     """
 
@@ -31,6 +34,7 @@ class Flow:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     caption_dropout: float = 0.1
+    dropped_mask: Literal["caption", "empty"] = "caption"
     scaling_factor: float = 0.41407
 
     reads = ("latent", "image", "states", "texts")
@@ -60,6 +64,8 @@ class Flow:
         number, noise, dropped = self.draw(keys, x0.shape[1:])
         if self.caption_dropout:
             states = jnp.where(dropped[:, None, None], self.null(frozen, states), states)
+            if self.dropped_mask == "empty":  # without instruction, so that BOS is all it has
+                mask = jnp.where(dropped[:, None], jnp.arange(mask.shape[1]) == 0, mask)
 
         sigma, time = (jnp.asarray(table)[number] for table in flow.levels(self.shift))
         velocity = apply(model, params, flow.interpolate(x0, noise, sigma), time, states, mask)

@@ -12,7 +12,7 @@ from sana_jax.errors import InputError
 PROMPT = 'ein Häuschen\nim 雪 "q" \\'
 SETTINGS = records.SETTINGS | {
     "prompt": PROMPT, "negative_prompt": "blur", "index": 3, "height": 64, "width": 96, "steps": 3,
-    "sampler": "flow-euler", "flow_shift": 3.0, "seed": 5,
+    "sampler": "flow-euler", "flow_shift": 3.0, "seed": 5, "guidance_scale": 4.5,
 }  # fmt: skip
 BATCH = {"position": 1, "prompts": ["x", PROMPT], "negative_prompts": ["", "blur"], "indices": [0, 3]}
 LOADING = records.LOADING | {"model": "/models/toy, old"}

@@ -16,13 +16,14 @@ import pytest
 
 from sana_jax import saving, sharding
 from sana_jax.components import parameter_shapes
-from sana_jax.data import buckets, cache, folder
+from sana_jax.data import buckets, cache, folder, shapes_render
 from sana_jax.data.array_record import Writer
 from sana_jax.data.cached import META, Cached
 from sana_jax.data.captions import Captions
 from sana_jax.data.folder import Folder, FolderReader
 from sana_jax.data.loader import Loader
 from sana_jax.data.records import REASONS
+from sana_jax.data.shapes import Shapes
 from sana_jax.data.sources import guess
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.data.vocabulary import learn
@@ -304,6 +305,21 @@ def test_a_shard_too_short(made, tmp_path):
         pass
     with pytest.raises(InputError, match="7 rows, cache.json says 11"):
         Cached(str(tmp_path)).open()
+
+
+def test_scenes_are_painted_on_their_way(config, tmp_path):
+    source = Shapes(records=5, size=64)
+    options = dataclasses.replace(OPTIONS, text=False)
+    assert cache.make(with_source(config, source), tmp_path / "out", options) == {}
+    records, cached = [source.open()[i] for i in range(5)], Cached(str(tmp_path / "out")).open()
+    pictures = shapes_render.paint(np.stack([record.arrays["scene"] for record in records[1:]]), 64, 64, np)
+    latents = cache._latents(random(DC_AE, 1), np.uint8(np.round(255 * pictures)), dc_ae=DC_AE)
+    for i, latent in enumerate(np.asarray(latents), 1):
+        assert cached[i].captions == records[i].captions and set(cached[i].arrays) == {"latent"}
+        np.testing.assert_allclose(cached[i].arrays["latent"], latent, rtol=1e-3, atol=0.01)
+        assert np.abs(cached[i - 1].arrays["latent"] - latent).max() > 0.1, "negative control: another scene"
+    with pytest.raises(InputError, match="data.source.records"):
+        cache.make(with_source(config, Shapes()), tmp_path / "other", options)
 
 
 @pytest.mark.parametrize("fields", [dict(batch=0), dict(shard_records=-1), dict(hosts=2, host=2), dict(hosts=0)])

@@ -3,7 +3,8 @@
 import pytest
 
 from sana_jax import text
-from sana_jax.data.vocabulary import SMALLEST, learn
+from sana_jax.data import vocabulary
+from sana_jax.data.vocabulary import SMALLEST, Words, learn
 from sana_jax.errors import InputError
 
 CAPTIONS = ["a large red circle on blue", "a small green square on white", "ein großer Kreis 圆"] * 3
@@ -28,3 +29,23 @@ def test_the_same_captions_give_the_same_tokenizer_and_words_become_tokens():
 def test_too_small():
     with pytest.raises(InputError, match=f"model.vocab_size=100: must be at least {SMALLEST}"):
         learn(CAPTIONS, 100)
+
+
+def test_the_words_of_captions(tmp_path):
+    captions = ["a red circle, a three-sided shape", "2 kreise: ähnlich"]
+    words = Words()
+    assert list(words.of(captions)) == captions
+    words.write(tmp_path)
+    assert vocabulary.read_words(tmp_path) == sorted("2 a circle kreise red shape sided three ähnlich".split())
+
+
+def test_rare_words_are_noise_and_capitals_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "RARE", 2)
+    words = Words()
+    list(words.of(["a a xqz", "a ring", "a ring", "a hoop"]))
+    words.write(tmp_path)
+    assert vocabulary.read_words(tmp_path) == ["a", "ring"]
+    (tmp_path / vocabulary.FILE).unlink()
+    list(words.of(["A ring"]))
+    words.write(tmp_path)
+    assert vocabulary.read_words(tmp_path) is None

@@ -124,6 +124,17 @@ def test_a_dropped_caption_is_the_empty_one_with_its_own_mask():
     assert np.abs(losses(objective, rows, frozen().params | {"null": 2 * null[:, ::-1]}) - expected).max() > 1e-4
 
 
+def test_a_dropped_caption_with_the_mask_of_the_empty_one():
+    """All dropped: as if every caption were one token long; none dropped: no difference at all."""
+    rows, params = cached(), frozen().params
+    empty = losses(Flow(caption_dropout=1.0, dropped_mask="empty"), rows, params)
+    short = np.broadcast_to(np.arange(rows["mask"].shape[1]) == 0, rows["mask"].shape)
+    np.testing.assert_array_equal(losses(Flow(caption_dropout=1.0), rows | {"mask": short}, params), empty)
+    assert np.abs(losses(Flow(caption_dropout=1.0), rows, params) - empty).max() > 1e-4
+    kept = [losses(Flow(caption_dropout=1e-9, dropped_mask=mask), rows, params) for mask in ("caption", "empty")]
+    np.testing.assert_array_equal(*kept)
+
+
 def test_the_empty_caption_may_be_longer_than_a_batch():
     null = Flow().null(frozen(), cached()["states"][:, :3].astype(jnp.float16))
     np.testing.assert_array_equal(null, frozen().params["null"][:3].astype(np.float16))

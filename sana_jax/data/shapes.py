@@ -1,0 +1,101 @@
+"""Captioned scenes without end: what the bundled model is trained on.  No files, the same everywhere.
+
+A record holds its scene as a few numbers and its captions; pixels are painted on the device, a batch
+at once.  Record i depends on the seed and i alone.
+"""
+
+import dataclasses
+import hashlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from sana_jax.data import shapes_render, shapes_scene
+from sana_jax.data.records import Record
+from sana_jax.data.shapes_captions import captions
+from sana_jax.errors import InputError, require_positive, require_range
+
+VERSION = 1  # of what a seed gives
+TABLED = 2**24  # records of which the sizes may be asked for at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Pictures of about size x size pixels.
+
+    records: how many there are; by default more than a run can see.
+    aspects: height / width of the pictures, in turn.
+    seed: other pictures.
+    held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
+    """
+
+    records: int = 2**31 - 1
+    size: int = 256
+    aspects: tuple[float, ...] = (1.0,)
+    seed: int = 0
+    held_out: bool = False
+
+    def open(self):
+        """A `ShapesReader`.  Raises InputError: a number that is none."""
+        require_range("data.source.records", self.records, 1, 2**31 - 1)
+        require_positive("data.source.size", self.size)
+        require_range("data.source.seed", self.seed, 0, 2**64 - 1)
+        if not self.aspects:
+            raise InputError("data.source.aspects=(): must be one number or more, height / width")
+        for aspect in self.aspects:
+            require_range("data.source.aspects", aspect, 1 / 8, 8, float)
+        return ShapesReader(self)
+
+
+class ShapesReader:
+    """The records of a Shapes."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return self.source.records
+
+    @property
+    def sizes(self):
+        """Width and height, int32 [n 2].  Raises InputError: more records than a table should have."""
+        if len(self) > TABLED:
+            raise InputError(
+                f"data.source.records={len(self)}: at most {TABLED} where a list of all sizes is wanted, as "
+                "data.buckets and features do"
+            )
+        aspects = self.source.aspects
+        table = [(self.source.size * width, self.source.size * height) for width, height in map(_extent, aspects)]
+        return np.rint(table).astype(np.int32)[np.arange(len(self)) % len(aspects)]
+
+    def fingerprint(self):
+        return hashlib.sha256(repr((VERSION, self.source)).encode()).hexdigest()[:32]
+
+    def key(self, i):
+        return f"shapes-{i}"
+
+    def scene(self, i, rng=None):
+        """The Scene of record i."""
+        aspect = self.source.aspects[i % len(self.source.aspects)]
+        width, height = _extent(aspect)
+        short = min(width, height)
+        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out)
+
+    def __getitem__(self, i):
+        """The Record, with "scene" float32 [P] in place of a picture."""
+        rng = self._rng(i)
+        scene = self.scene(i, rng)
+        texts, scores = captions(scene, rng)
+        return Record(self.key(i), None, texts, scores, {"scene": shapes_render.pack(scene)})
+
+    def paint(self, scenes, height, width):
+        """Scenes of records [b P] -> uint8 [b height width 3]; to be jitted."""
+        return jnp.round(255 * shapes_render.paint(scenes, height, width)).astype(jnp.uint8)
+
+    def _rng(self, i):
+        return np.random.Generator(np.random.Philox(key=np.array([self.source.seed, i], np.uint64)))
+
+
+def _extent(aspect):
+    """(width, height) of a picture of area 1."""
+    return aspect**-0.5, aspect**0.5

@@ -1,0 +1,166 @@
+"""GenEval-Shapes: how often a model of shapes paints what the prompt says, in six categories.
+
+    python -m sana_jax.evals.shapes [--model DIR] --images-per-category 400 --output OUT [--controls]
+
+Writes images.jsonl (prompt, what was found, verdict), the pictures, grid.png and summary.json; an
+interrupted run goes on where it was.  The last line is the score with its 95 % interval.
+Exit status: 0, 1 below --minimum, 2 bad input, 130 interrupted.
+"""
+
+import sys
+
+import numpy as np
+
+from sana_jax.cli.parser import Parser
+from sana_jax.errors import InputError, NonFiniteError, require_positive, require_range
+from sana_jax.evals.shapes import neighbours, painters, records, report
+from sana_jax.evals.shapes.detector import SMALLEST
+from sana_jax.evals.shapes.prompts import SPLITS, prompts
+from sana_jax.evals.shapes.verdict import Found
+from sana_jax.images import read_picture, save_png
+from sana_jax.pipeline import check_request
+from sana_jax.resolution import PATCH
+
+OPTIONS = ("steps", "guidance_scale", "sampler", "flow_shift", "height", "width")
+
+
+def parse(argv):
+    words = __doc__.split("\n\n")
+    parser = Parser(prog="python -m sana_jax.evals.shapes", description=words[0], epilog=words[2], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", help="pipeline folder in diffusers layout; the bundled model if left out")
+    add("--images-per-category", type=int, required=True, metavar="N")
+    add("--output", required=True, metavar="OUT", help="folder of the run; one that was interrupted goes on")
+    add("--split", default="seen", help=f"{', '.join(SPLITS)} (seen)")
+    add("--steps", type=int)
+    add("--guidance-scale", type=float)
+    add("--sampler")
+    add("--flow-shift", type=float)
+    add("--height", type=int, help="pixels; the model's if left out, as is what is not said of the others")
+    add("--width", type=int)
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=16, help="pictures painted at once (16)")
+    add("--minimum", type=float, help="exit with status 1 if the score is below")
+    add("--controls", action="store_true", help="also score truth, reconstructions, no text and shuffled prompts, and look for remembered pictures")
+    add("--neighbours", type=int, default=2048, metavar="N", help="training scenes looked at with --controls (2048)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None, load=None):
+    args = parse(argv)
+    try:
+        score = run(args, load or _load)
+    except InputError as error:
+        print(f"sana_jax.evals.shapes: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"sana_jax.evals.shapes: FAILS: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sana_jax.evals.shapes: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if args.minimum is not None and score < args.minimum else 0
+
+
+def _load(model):
+    from sana_jax.loading import load_pipeline
+
+    return load_pipeline(model)
+
+
+def run(args, load):
+    """The evaluation of these arguments; returns the score.  Raises InputError."""
+    check(args)
+    lines = prompts(args.split, args.images_per_category)
+    pipeline = load(args.model)
+    options = sampling(args, pipeline)
+    size = options["height"], options["width"]
+    settings = {name: getattr(args, name) for name in ("model", "split", "seed", "batch_size")} | options
+    folder = records.open_folder(args.output, settings | {"weights": painters.fingerprint(pipeline)})
+
+    def scored(name, paint, keep=None):
+        return records.evaluate(paint, lines, folder / f"{name}.jsonl", args.batch_size, keep, say)
+
+    def path(index):
+        return folder / "images" / f"{index:05d}.png"
+
+    def picture(index):
+        return read_picture(path(index))[0] if path(index).exists() else None
+
+    def keep(index, pixels):
+        save_png(path(index), pixels, {"prompt": lines[index]["prompt"]})
+
+    rows = scored("images", painters.sampled(pipeline, args.seed, **options), keep)
+    save_png(folder / "grid.png", report.grid(rows, picture), {})
+    found = {"settings": settings, **report.scores(rows), "controls": {}}
+    if args.controls:
+        for name, paint in {
+            "truth": painters.truth(size, args.seed),
+            "reconstruction": painters.reconstructed(pipeline, size, args.seed),
+            "no_text": painters.without_text(pipeline, args.seed, **options),
+        }.items():
+            found["controls"][name] = report.scores(scored(name, paint))
+        found["controls"]["shuffled"] = report.scores(shuffled(rows))
+        some = [pixels for index in range(min(len(rows), 64)) if (pixels := picture(index)) is not None]
+        found["controls"]["neighbours"] = neighbours.summary(
+            neighbours.nearest(pipeline, np.stack(some), args.neighbours)
+        )
+    records.write_json(folder / "summary.json", found)
+    print("\n".join(told(found)), flush=True)
+    return found["overall"]["score"]
+
+
+def sampling(args, pipeline):
+    """{argument of `Pipeline.generate`: value}, the model's own where a flag is left out."""
+    side = PATCH * pipeline.sana[0].sample_size
+    own = pipeline.defaults | {"flow_shift": pipeline.flow_shift, "height": side, "width": side}
+    return {name: own.get(name) if getattr(args, name) is None else getattr(args, name) for name in OPTIONS}
+
+
+def check(args):
+    """Raises InputError for a flag that is wrong whatever the model."""
+    require_positive("images_per_category", args.images_per_category)
+    require_positive("batch_size", args.batch_size)
+    require_positive("neighbours", args.neighbours)
+    check_request(seed=args.seed, **{name: getattr(args, name) for name in OPTIONS})
+    for name in ("height", "width"):
+        value = getattr(args, name)
+        if value is not None and (value < SMALLEST or value % PATCH):
+            raise InputError(f"{name}={value}: must be a multiple of {PATCH}, {SMALLEST} or more")
+    if args.controls and args.images_per_category < 2:
+        raise InputError("images_per_category=1: must be 2 or more with --controls, which shuffle the prompts of a category")
+    if args.minimum is not None:
+        require_range("minimum", args.minimum, 0, 1, float)
+
+
+def shuffled(rows):
+    """The same pictures judged by another prompt of their category: what they score without listening."""
+    judged = []
+    for place, row in enumerate(rows):
+        others = (o for o in rows[place:] + rows[:place] if o["tag"] == row["tag"] and o["include"] != row["include"])
+        if (other := next(others, None)) is not None:
+            line = {name: other[name] for name in ("tag", "include", "exclude", "prompt") if name in other}
+            judged.append(records.row_of(row["index"], line, [Found(**thing) for thing in row["found"]]))
+    return judged
+
+
+def told(found):
+    """The lines that are printed, the score last."""
+    for name, control in found["controls"].items():
+        if name != "neighbours":
+            yield from report.text(f"control {name}", control)
+    for kind, of in found["controls"].get("neighbours", {}).items():
+        yield (
+            f"nearest training scene in {kind}: median {of['sampled_median']:.4f}, "
+            f"of fresh scenes {of['fresh_median']:.4f}, ratio {of['ratio']:.2f}"
+        )
+    yield from report.text(f"split {found['settings']['split']}", found)
+    yield f"overall {report.interval(found['overall'])}"
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

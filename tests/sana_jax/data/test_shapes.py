@@ -1,0 +1,153 @@
+"""Scenes as a source: records, batches that are painted on the device, features, and a run on them."""
+
+import pickle
+import textwrap
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from sana_jax import sharding
+from sana_jax.data import check, shapes_render
+from sana_jax.data.loader import Loader
+from sana_jax.data.shapes import TABLED, Shapes
+from sana_jax.data.shapes_scene import is_held_out
+from sana_jax.errors import InputError
+from sana_jax.training import layout, previews
+from tests import sample_runs
+from tests.toy_reader import Data, Words
+from tests.test_train import TINY, lines
+
+compile_cache = sample_runs.compile_cache
+CPU = dict(batch=8, size=64)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def batches(count, seek=0, reader=None, **data):
+    with Loader(reader or Shapes().open(), Data(**CPU | data), tokenize=Words(), inputs=("image",)) as loader:
+        loader.seek(seek)
+        return [next(loader) for _ in range(count)]
+
+
+def test_records_are_the_same_everywhere():
+    reader, other = Shapes().open(), pickle.loads(pickle.dumps(Shapes())).open()
+    for i in (0, 1, 2**31 - 2):
+        a, b = reader[i], other[i]
+        assert a._replace(arrays={}) == b._replace(arrays={}) and same(a.arrays, b.arrays)
+        assert np.array_equal(a.arrays["scene"], shapes_render.pack(reader.scene(i))) and a.key == reader.key(i)
+        assert set(a.captions) == set(a.scores) == {"terse", "plain", "synonyms", "rich"}
+        assert not same(a.arrays, Shapes(seed=1).open()[i].arrays)
+    assert reader.fingerprint() == other.fingerprint() != Shapes(held_out=True).open().fingerprint()
+    assert is_held_out(Shapes(held_out=True).open().scene(5)) and not is_held_out(reader.scene(5))
+
+
+def test_sizes_follow_the_aspects():
+    reader = Shapes(records=5, size=100, aspects=(1.0, 2.0, 0.5)).open()
+    assert reader.sizes.tolist() == [[100, 100], [71, 141], [141, 71], [100, 100], [71, 141]]
+    assert [(s.width, s.height) for s in map(reader.scene, range(3))] == [(1, 1), (1, pytest.approx(2)), (pytest.approx(2), 1)]
+
+
+def test_batches_hold_scenes_and_one_integer_resumes_them():
+    whole = batches(6)
+    assert same(batches(2, seek=32)[1], whole[5]) and not same(batches(1)[0], whole[1])
+    assert all(map(same, batches(6, workers=1), whole))
+    assert whole[0]["scene"].shape == (8, shapes_render.LENGTH) and "image" not in whole[0]
+    assert len(np.unique(np.concatenate([batch["scene"] for batch in whole]), axis=0)) == 48
+
+
+def test_every_device_paints_its_own_rows():
+    reader = Shapes().open()
+    with Loader(reader, Data(**CPU), inputs=("image",)) as loader:
+        assert loader.names == {"image", "weight", "position", "bad"} and loader.shape is None
+        rows = next(loader)
+        mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
+        batch = layout.painter(reader, mesh)(layout.put_batch(rows, mesh), loader.shape)
+    assert batch.keys() == {"image", "weight", "position"} and batch["image"].dtype == np.uint8
+    assert batch["image"].sharding.is_equivalent_to(layout.batch_sharding(mesh), 4)
+    wanted = 255 * shapes_render.paint(rows["scene"], 64, 64, np)
+    assert np.abs(np.asarray(batch["image"]) - wanted).max() < 1.01
+    assert np.abs(np.asarray(batch["image"])[::-1] - wanted).max() > 100, "negative control"
+    assert layout.painter(object(), mesh)(batch, None) is batch
+
+
+def test_buckets_need_a_table_of_sizes():
+    with pytest.raises(InputError, match=f"data.source.records={TABLED + 1}: at most {TABLED}"):
+        Loader(Shapes(records=TABLED + 1).open(), Data(size=512, buckets=True), inputs=("image",))
+    reader = Shapes(records=64, size=512, aspects=(1.0, 4.0)).open()
+    with Loader(reader, Data(batch=4, size=512, buckets=True), inputs=("image",)) as loader:
+        shapes = {loader.shape for _ in range(8) if next(loader)}
+    assert shapes == set(loader.layouts) == {(512, 512), (1024, 256)}
+
+
+def test_what_can_be_wrong_is_told(monkeypatch):
+    monkeypatch.setattr(check, "SCENES", 300)
+    found = check.check(Shapes().open(), size=64, aspect=False)
+    assert check.report(found)[0] == "the first 300 of 2147483647 records, 300 can be trained on" and not found.wrong
+
+    class Broken(type(Shapes().open())):
+        def __getitem__(self, i):
+            record = super().__getitem__(i)
+            return record._replace(arrays={"scene": record.arrays["scene"] * (np.nan if i == 3 else 1)})
+
+    reader = Broken(Shapes(records=5))
+    assert list(check.check(reader, size=64, aspect=False).bad) == ["features"]
+    (batch,) = [b for b in batches(2, reader=reader, batch=5) if (b["weight"] == 0).sum() == 1][:1]
+    assert not batch["scene"][batch["weight"] == 0].any()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(records=0), "records=0"),
+        (dict(records=2**31), "records=2147483648"),
+        (dict(size=-1), "size=-1"),
+        (dict(aspects=(0.0,)), "aspects=0.0"),
+        (dict(aspects=()), "aspects"),
+        (dict(seed=-1), "seed=-1"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(InputError, match=f"data.source.{message}"):
+        Shapes(**fields).open()
+
+
+RUN = """
+    SOURCE = Shapes(records=64, size=32)
+
+
+    @dataclasses.dataclass(frozen=True)
+    class Seeing(LanguageModel):
+        reads = ("image", "texts")
+
+        def __call__(self, model, frozen, params, batch, keys):
+            terms = super().__call__(model, frozen, params, batch, keys)
+            seen = jnp.mean(jnp.float32(batch["image"]), axis=(1, 2, 3))
+            return terms._replace(weight=batch["weight"], extra={"seen": seen})
+
+
+    config = language_model(objective=Seeing(), steps=3, checkpoint=Checkpoint(every=3))
+"""
+
+
+def test_a_run_sees_its_captions_and_its_scenes_painted(tmp_path):
+    begin = textwrap.dedent(TINY) + "\nfrom sana_jax.data.shapes import Shapes\n"
+    (tmp_path / "config.py").write_text(begin + textwrap.dedent(RUN))
+    assert train.main([str(tmp_path / "config.py"), f"workdir={tmp_path / 'run'}"]) == 0
+    same_batches = batches(3, reader=Shapes(records=64, size=32).open(), size=32)
+    wanted = [255 * shapes_render.paint(batch["scene"], 32, 32, np).mean() for batch in same_batches]
+    found = lines(tmp_path / "run")
+    np.testing.assert_allclose([line["seen"] for line in found], wanted, atol=0.01)
+    assert np.ptp(wanted) > 1 and found[0]["loss"] > found[2]["loss"]
+
+
+def test_previews_are_of_painted_scenes():
+    data = Data(**CPU | dict(size=32))
+    config = types.SimpleNamespace(data=data, seed=0, objective=types.SimpleNamespace(reads=("image",)))
+    shown, rows = previews.first_rows(Shapes().open(), config), batches(1, size=32)[0]
+    assert np.array_equal(shown["position"], rows["position"]) and "scene" not in shown
+    assert np.abs(shown["image"] - 255 * shapes_render.paint(rows["scene"], 32, 32, np)).max() < 1.01

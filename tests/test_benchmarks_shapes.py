@@ -1,0 +1,94 @@
+"""The benchmarks on the model of shapes, with a painter in the model's place; and their plots."""
+
+import json
+import pathlib
+import types
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks import plots, shapes_detector, shapes_guidance, shapes_runs, shapes_solver
+from sana_jax.evals.shapes import painters
+from sana_jax.evals.shapes.prompts import prompts
+from sana_jax.evals.shapes.verdict import judge
+
+DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+
+
+class Painter:
+    """A Pipeline whose latents are the truth, further away the fewer the steps; below 3 steps it is all grey."""
+
+    def __init__(self):
+        self.sana, self.dc_ae, self.text = (types.SimpleNamespace(sample_size=4), {}), (None, {}), None
+        self.defaults, self.flow_shift, self.calls = {"steps": 20, "guidance_scale": 4.5}, 3.0, 0
+
+    def generate(self, asked, *, seed, first_image, height, width, steps, **options):
+        self.calls += 1
+        by_prompt = {line["prompt"]: line for line in prompts("seen", 2)}
+        some = [by_prompt[text] for text in asked]
+        truth = painters.truth((height, width), seed)(some, first_image) / np.float32(127.5) - 1
+        return truth * 0 if steps < 3 else truth + np.float32(0.1 / steps)
+
+    def decode(self, latents):
+        return np.clip(latents, -1, 1)
+
+
+@pytest.fixture
+def docs(tmp_path):
+    """A copy of the documents that the scripts write into."""
+    for name in ("solver.md", "guidance.md"):
+        (tmp_path / name).write_text((DOCS / name).read_text())
+    return tmp_path
+
+
+def test_solver_and_guidance_write_their_pages(docs):
+    painter = Painter()
+    flags = ["--output", str(docs / "out"), "--docs", str(docs), "--smoke", "--batch-size", "6"]
+    assert shapes_solver.main(flags, lambda model: painter) == 0
+    written = json.loads((docs / "out" / "shapes_solver.json").read_text())
+    rows = {(row["sampler"], row["steps"]): row for row in written["rows"]}
+    assert rows["flow-dpm-solver", 4]["latent_error"] == 0 < rows["flow-euler", 3]["latent_error"]
+    assert rows["flow-euler", 3]["difference"]["score"] == 0
+    assert rows["flow-euler", 2]["score"]["score"] == 0 and rows["flow-euler", 2]["difference"]["score"] < -0.5
+    page = (docs / "solver.md").read_text()
+    assert "| Euler | 2 | 0.000 [0.000, " in page and "Not measured yet" not in page
+    assert ElementTree.parse(docs / "solver.svg").getroot().tag.endswith("svg")
+    calls = painter.calls
+    assert shapes_solver.main(flags, lambda model: painter) == 0  # all of it is kept
+    assert painter.calls == calls == 4
+    assert (docs / "solver.md").read_text() == page
+    shapes_guidance.main(flags, lambda model: painter)
+    assert "| 4.5 (the model) | " in (docs / "guidance.md").read_text()
+
+
+def test_marks_must_be_there(tmp_path):
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(ValueError, match="has 0 places"):
+        shapes_runs.write_between(tmp_path / "page.md", "shapes_solver", "text")
+
+
+def test_pages_have_their_marks():
+    for name in ("solver", "guidance"):
+        assert shapes_runs.MARKS[0].format(f"shapes_{name}") in (DOCS / f"{name}.md").read_text()
+
+
+def test_near_misses_ask_for_something_else():
+    rng = np.random.default_rng(0)
+    for line in prompts("seen", 2):
+        missed = shapes_detector.near_miss(line, rng)
+        assert missed["include"] != line["include"] and not judge([], missed).correct
+
+
+@pytest.mark.parametrize("low, high, log, expected", [(0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (4, 50, True, [5, 10, 20, 50])])
+def test_ticks(low, high, log, expected):
+    assert plots.ticks(low, high, log) == pytest.approx(expected)
+
+
+def test_points_of_a_plot_stand_where_they_should():
+    series = plots.Series("a & b", ((1, 0.5, 0.4, 0.6), (10, 0.9, 0.8, 1.0), (100, 0.7, 0.6, 0.8)))
+    root = ElementTree.fromstring(plots.svg([plots.Panel("t", "x", "y", (series,) * 2, log="x")]))
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter() if c.tag.endswith("circle") and c.get("r") == "3"]
+    (x0, y0), (x1, y1), (x2, y2) = circles[:3]
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y1 < y2 < y0
+    assert any(text.text == "a & b" for text in root.iter() if text.tag.endswith("text"))
