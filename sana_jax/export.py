@@ -27,7 +27,7 @@ from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
 from sana_jax.pipeline import Pipeline, TextEncoder
-from sana_jax.stacks import NVLABS
+from sana_jax.stacks import DIFFUSERS, NVLABS
 from sana_jax.text import load_tokenizer
 from sana_jax.training import frozen, initialise
 from sana_jax.training.reading import DamagedError
@@ -56,7 +56,7 @@ def export(run_dir, target, *, ema=True, step=None, dtype="auto", dc_ae=None, te
     run = Run(initialise.run_model(run_dir), Frozen(**kept | given), str(run_dir))
     trained = _cast(run.model, initialise.read_run(run_dir, ema, step), dtype)
     if isinstance(run.model, Sana):
-        pipeline = _pipeline(run, trained, config["objective"]["shift"], dtype)
+        pipeline = _pipeline(run, trained, config["objective"], dtype)
         with saving.new_folder(target) as folder:
             saving.write_pipeline(pipeline, folder)
             extras.write(folder, extras.read(folder) | _said(run, config) | chosen)
@@ -102,15 +102,20 @@ class Run(NamedTuple):
     workdir: str
 
 
-def _pipeline(run, sana, shift, dtype):
-    """The Pipeline that samples as the transformer was trained: prompts, masks and times as NVlabs has them."""
+def _pipeline(run, sana, objective, dtype):
+    """The Pipeline that samples as the transformer was trained: prompts, masks and times as NVlabs has them.
+
+    Where dropped captions had the mask of the empty one, so has the unconditional half: that is diffusers'
+    stack, which differs by rounding otherwise (docs/numerics.md 1.5) and lower-cases prompts.
+    """
     for name in ("dc_ae", "text"):
         if not getattr(run.frozen, name):
             raise InputError(f"frozen.{name}: the run names none; --{name.replace('_', '-')} says which goes with it")
     dc_ae = _cast(*_read(run.frozen.dc_ae, DCAE), dtype)
     gemma2 = _cast(*_read(run.frozen.text, Gemma2), dtype)
     encoder = TextEncoder(*gemma2, load_tokenizer(frozen.tokenizer_folder(run)), frozen.instruction(run))
-    return Pipeline(sana, dc_ae, encoder, stack=NVLABS, flow_shift=shift)
+    stack = DIFFUSERS if objective.get("dropped_mask") == "empty" else NVLABS
+    return Pipeline(sana, dc_ae, encoder, stack=stack, flow_shift=objective["shift"])
 
 
 def _read(source, cls):

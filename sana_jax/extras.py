@@ -9,6 +9,7 @@ sample, what to compute in (weights may be stored in less), and the words that t
 """
 
 import pathlib
+import warnings
 
 from sana_jax import precision, text
 from sana_jax.checkpoints.read import read_json
@@ -46,11 +47,14 @@ CHECKS = {
 def read(folder):
     """{field: value} of a pipeline folder's file, {} without one; null is as good as absent.
 
-    Raises InputError: a field that is none of these, or a wrong value.
+    A field that is none of these, perhaps of a later version, is left out with a warning.
+    Raises InputError: a wrong value.
     """
     path = pathlib.Path(folder) / FILE
     found = read_json(path) if path.is_file() else {}
-    found = {name: value for name, value in found.items() if value is not None}
+    if unknown := sorted(found.keys() - CHECKS):
+        warnings.warn(f"{path}: {', '.join(unknown)}: not known here, and left out", stacklevel=2)
+    found = {name: found[name] for name in found if name in CHECKS and found[name] is not None}
     try:
         check(found)
     except InputError as error:

@@ -5,8 +5,12 @@ what runs on a CPU, and what any kernel has to agree with.
 Shapes: b batch, h w grid, n = h * w tokens, k heads, c channels of a head.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from sana_jax.errors import InputError
 
 
 def relu(x):
@@ -102,9 +106,13 @@ def depthwise_conv(x, kernel, bias=None):
       kernel: [k, k, c], k odd.
       bias: [c] or None.
     Returns:
-      [b, h, w, c] in the dtype of x, accumulated in float32.
+      [b, h, w, c] in the dtype of x, accumulated in float32.  There is no forward mode (jvp).
+    Raises:
+      InputError: a kernel that is not square or of an even side, which has no centre.
     """
     size, (_, h, w, _) = kernel.shape[0], x.shape
+    if size % 2 == 0 or kernel.shape[1] != size:
+        raise InputError(f"kernel: {kernel.shape}, must be [k, k, c] with an odd k")
     x32, kernel = _padded(x, size), kernel.astype(jnp.float32)
     taps = [x32[:, dy : dy + h, dx : dx + w] * kernel[dy, dx] for dy in range(size) for dx in range(size)]
     out = sum(taps[1:], taps[0])
@@ -118,32 +126,29 @@ def _padded(x, size):
     return jnp.pad(x, ((0, 0), edge, edge, (0, 0))).astype(jnp.float32)
 
 
-def _kernel_gradient(x, gradient, size):
-    """[size, size, c] float32: for each tap, sum over b h w of the shifted x and the gradient.
-
-    One tap after the other on a CPU: of all in one fusion XLA makes scalar code, four times slower.
-    """
-    x32, gradient = _padded(x, size), gradient.astype(jnp.float32)
-    shifts = [(dy, dx) for dy in range(size) for dx in range(size)]
-
-    def tap(x32, gradient, shift):
-        part = jax.lax.dynamic_slice(x32, (0, *shift, 0), gradient.shape)
+def taps_in_turn(padded, gradient, size):
+    """[size * size, c]: for each tap, the sum over b h w of the shifted x and the gradient, one after the
+    other: of all in one program XLA makes scalar code on a CPU, which takes twice as long."""
+    def tap(shift):
+        part = jax.lax.dynamic_slice(padded, (0, shift // size, shift % size, 0), gradient.shape)
         return jnp.sum(part * gradient, axis=(0, 1, 2))
 
-    def in_turn(x32, gradient):
-        return jax.lax.map(lambda shift: tap(x32, gradient, shift), tuple(jnp.array(shifts).T))
+    return jax.lax.map(tap, jnp.arange(size * size))
 
-    def at_once(x32, gradient):
-        return jnp.stack([tap(x32, gradient, shift) for shift in shifts])
 
-    taps = jax.lax.platform_dependent(x32, gradient, cpu=in_turn, default=at_once)
-    return taps.reshape(size, size, -1)
+def taps_at_once(padded, gradient, size):
+    """The same in one pass over memory."""
+    _, h, w, _ = gradient.shape
+    parts = (padded[:, dy : dy + h, dx : dx + w] for dy in range(size) for dx in range(size))
+    return jnp.stack([jnp.sum(part * gradient, axis=(0, 1, 2)) for part in parts])
 
 
 def _depthwise_backward(arguments, gradient):
     x, kernel, bias = arguments
     back = depthwise_conv(gradient, kernel[::-1, ::-1]).astype(x.dtype)
-    down = _kernel_gradient(x, gradient, kernel.shape[0]).astype(kernel.dtype)
+    cpu, default = (functools.partial(taps, size=kernel.shape[0]) for taps in (taps_in_turn, taps_at_once))
+    wide = _padded(x, kernel.shape[0]), gradient.astype(jnp.float32)
+    down = jax.lax.platform_dependent(*wide, cpu=cpu, default=default).reshape(kernel.shape).astype(kernel.dtype)
     if bias is not None:
         bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(bias.dtype)
     return back, down, bias

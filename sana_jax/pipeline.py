@@ -119,13 +119,13 @@ class Pipeline:
         tokens = self._tokenize(strings("prompts", prompts), self.instruction(chi).text, length)
         return self._states(tokens), jnp.asarray(tokens.selected_mask)
 
-    def _tokenize(self, prompts, instruction, length):
+    def _tokenize(self, prompts, instruction, length, field="prompts"):
         encoder = self._text_encoder()
         prompts = [text.clean(prompt, self.stack) for prompt in prompts]
         if encoder.vocabulary:
             for i, prompt in enumerate(prompts):
-                if remark := encoder.vocabulary.remark(prompt):
-                    warnings.warn(f"prompts[{i}]: {remark}", stacklevel=4)
+                if remark := encoder.vocabulary.remark(prompt, asked=field == "prompts"):
+                    warnings.warn(f"{field}[{i}]: {remark}", stacklevel=4)
             prompts = [prompt.lower() for prompt in prompts]
         return text.tokenize(encoder.tokenizer, prompts, instruction, length)
 
@@ -360,7 +360,7 @@ class Pipeline:
         same picture; its length is one of few, and so is the number of programs.
         """
         positive = self._tokenize(prompts, instruction, length)
-        tokens = [positive] if negatives is None else [positive, self._tokenize(negatives, "", length)]
+        tokens = [positive] if negatives is None else [positive, self._tokenize(negatives, "", length, "negative_prompts")]
         bucket = text.text_bucket(np.concatenate([t.selected_mask.sum(axis=1) for t in tokens]), length)
         tokens = [text.trim(t, bucket) for t in tokens]
         arrays = []

@@ -79,14 +79,17 @@ class Vocabulary:
     owner: str = "the model"
     advice: str = ""
 
-    def remark(self, prompt):
-        """A sentence that names the words of a prompt that are none of these, "" without any."""
+    def remark(self, prompt, asked=True):
+        """A sentence that names the words of a prompt that are none of these, "" without any.
+
+        asked: the prompt says what is wanted, not what is not.
+        """
         found = words(prompt)
         unknown = list(dict.fromkeys(word for word in found if word not in self.words))
         if not unknown:
             return ""
         more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
-        nothing = "" if set(found) & self.words else "; the picture is of anything, since no word of it is"
+        nothing = "" if set(found) & self.words or not asked else "; the picture is of anything, since no word of it is"
         listed = ", ".join(unknown[:MOST_NAMED])
         return f"not in {self.owner}'s vocabulary: {listed}{more}{nothing}{self.advice and '; '}{self.advice}"
 

@@ -113,6 +113,13 @@ def test_prompts_that_it_does_not_know(pipeline, monkeypatch):
     assert "w8, w9 and 3 more" in states(f"a {many}")[1][0] and "anything, since" not in states(f"a {many}")[1][0]
 
 
+def test_a_negative_prompt_is_named_as_one(pipeline):
+    with pytest.warns(UserWarning) as said:
+        pipeline._conditions(["two stars"], ["cat"], "", 16, 1)
+    assert [str(w.message).split("; ")[0] for w in said] == ["negative_prompts[0]: not in the bundled model's vocabulary: cat"]
+    assert "anything, since" not in str(said[0].message)
+
+
 def test_an_empty_prompt_is_guided_nowhere(pipeline):
     """Text and no text are the same then, so the scale has nothing to act on."""
     empty, strong = (pipeline.generate("", guidance_scale=scale).astype(int) for scale in (1.5, 100))

@@ -13,7 +13,7 @@ import numpy as np
 from sana_jax.data import shapes_render, shapes_scene
 from sana_jax.data.records import Record
 from sana_jax.data.shapes_captions import captions
-from sana_jax.errors import InputError, require_positive, require_range
+from sana_jax.errors import InputError, require_choice, require_positive, require_range
 
 VERSION = 1  # of what a seed gives
 TABLED = 2**24  # records of which the sizes may be asked for at once
@@ -42,6 +42,9 @@ class Shapes:
         require_range("data.source.seed", self.seed, 0, 2**64 - 1)
         if not self.aspects:
             raise InputError("data.source.aspects=(): must be one number or more, height / width")
+        require_choice("data.source.held_out", self.held_out, (False, True))
+        if not isinstance(self.aspects, tuple) or not self.aspects:
+            raise InputError(f"data.source.aspects={self.aspects!r}: must be a tuple of one or more numbers")
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
         return ShapesReader(self)

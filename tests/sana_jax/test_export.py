@@ -1,6 +1,7 @@
 """From the folder of a run to the folders that others read."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,19 @@ def assert_equal(params, expected):
 
 def doubled(params):
     return jax.tree.map(lambda leaf: 2 * leaf, params)
+
+
+def test_the_unconditional_half_has_the_mask_that_it_was_trained_with(runs, tmp_path, pipeline_folder):
+    run = shutil.copytree(runs / "flow", tmp_path / "flow")
+    config = json.loads((run / "config.json").read_text())
+    config["objective"]["dropped_mask"] = "empty"
+    (run / "config.json").write_text(json.dumps(config))
+    export.export(run, tmp_path / "exported")
+    for folder, stack in ((pipeline_folder, "nvlabs"), (tmp_path / "exported", "diffusers")):
+        pipeline = loading.load_pipeline(folder)
+        _, prompt_mask, _, mask = pipeline._conditions(["a large cat"], [""], "", 300, 1)
+        assert pipeline.stack.name == stack and prompt_mask.sum() > 2
+        assert mask.sum() == (prompt_mask.sum() if stack == "nvlabs" else 1)  # BOS alone
 
 
 def test_a_pipeline_that_samples_as_it_was_trained(pipeline_folder):

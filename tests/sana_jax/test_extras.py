@@ -25,7 +25,6 @@ def test_there_and_back(tmp_path):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("stak", "nvlabs", "field='stak': must be one of 'stack'"),
         ("steps", 0, r"steps=0: must be an int in \[1, 1000\]"),
         ("steps", "20", "steps='20': must be an int"),
         ("guidance_scale", -1, "guidance_scale=-1: must be a number"),
@@ -45,3 +44,11 @@ def test_wrong(tmp_path, field, value, message):
         extras.read(tmp_path)
     with pytest.raises(InputError, match=f"^{message}"):
         extras.write(tmp_path, {field: value})
+
+
+def test_an_unknown_field_is_left_out_when_read_and_never_written(tmp_path):
+    (tmp_path / extras.FILE).write_text('{"stak": "nvlabs", "steps": 3}')
+    with pytest.warns(UserWarning, match=f"{extras.FILE}: stak: not known here"):
+        assert extras.read(tmp_path) == {"steps": 3}
+    with pytest.raises(InputError, match="field='stak': must be one of 'stack'.*did you mean 'stack'"):
+        extras.write(tmp_path, {"stak": "nvlabs"})

@@ -108,6 +108,8 @@ def test_what_can_be_wrong_is_told(monkeypatch):
         (dict(size=-1), "size=-1"),
         (dict(aspects=(0.0,)), "aspects=0.0"),
         (dict(aspects=()), "aspects"),
+        (dict(aspects=1.0), "aspects=1.0: must be a tuple"),
+        (dict(held_out="yes"), "held_out='yes'"),
         (dict(seed=-1), "seed=-1"),
     ],
 )
