@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 from benchmarks import environment, plots
-from benchmarks.shapes_runs import arguments, heading, interval, markdown, open_runs, write_between
+from benchmarks.shapes_runs import arguments, command, docs_of, heading, interval, markdown, open_runs, write_between
 
 SWEEPS = {
     "guidance_scale": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
@@ -20,7 +20,7 @@ SWEEPS = {
 TITLES = {"guidance_scale": "Guidance scale", "flow_shift": "Flow shift"}
 
 
-def main(argv=None, load=None):
+def run(argv=None, load=None):
     args = arguments(__doc__).parse_args(argv)
     runs = open_runs(args, load)
     own = {"guidance_scale": runs.pipeline.defaults["guidance_scale"], "flow_shift": runs.pipeline.flow_shift}
@@ -38,10 +38,15 @@ def main(argv=None, load=None):
             scores.append((value, *score))
         tables.append(markdown([TITLES[name].lower(), "score", "difference to the model's own"], lines))
         panels.append(plots.Panel(TITLES[name], TITLES[name].lower(), "score", (plots.Series("", tuple(scores)),)))
-    told = f"{heading(runs)} {steps} steps of Flow-DPM-Solver; the other of the two as the model has it."
-    write_between(args.docs / "guidance.md", "shapes_guidance", "\n\n".join([told, "![score by guidance scale and by flow shift](guidance.svg)", *tables]))
-    (args.docs / "guidance.svg").write_text(plots.svg(panels), encoding="utf-8")
+    if docs := docs_of(args):
+        told = f"{heading(runs)} {steps} steps of Flow-DPM-Solver; the other of the two as the model has it."
+        page = "\n\n".join([told, "![score by guidance scale and by flow shift](guidance.svg)", *tables])
+        write_between(docs / "guidance.md", "shapes_guidance", page)
+        (docs / "guidance.svg").write_text(plots.svg(panels), encoding="utf-8")
+    return 0
 
+
+main = command("shapes_guidance", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,12 +9,14 @@ import functools
 import os
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks import environment
+from sana_jax.errors import InputError, NonFiniteError, require_positive
 from sana_jax.evals.shapes import intervals, painters, records
 from sana_jax.evals.shapes.detector import detect
 from sana_jax.evals.shapes.prompts import prompts
@@ -35,12 +37,13 @@ class Runs:
     """Where ways of painting are compared: a model, prompts, noise, and a folder for what is done."""
 
     def __init__(self, pipeline, folder, per_category, height=None, width=None, seed=0, batch=16):
+        require_positive("batch_size", batch)
         side = PATCH * pipeline.sana[0].sample_size
         self.pipeline, self.seed, self.batch = pipeline, seed, batch
         self.size = height or side, width or side
         self.lines = prompts("seen", per_category)
         self.tags = [line["tag"] for line in self.lines]
-        self.settings = {"seed": seed, "batch": batch, "size": list(self.size), "weights": painters.fingerprint(pipeline)}
+        self.settings = {"seed": seed, "batch": batch, "size": list(self.size)} | painters.identity(pipeline, "seen")
         self.settings |= {"defaults": pipeline.defaults, "flow_shift": pipeline.flow_shift}
         self.folder = records.open_folder(folder, self.settings)
 
@@ -107,8 +110,29 @@ def arguments(docstring):
     add("--height", type=int)
     add("--width", type=int)
     add("--batch-size", type=int, default=16)
-    add("--docs", type=pathlib.Path, default=pathlib.Path("docs"), help="folder of the document and the plot (docs)")
+    add("--docs", type=pathlib.Path, help="folder of the document and the plot (docs; with --smoke nowhere)")
     return parser
+
+
+def docs_of(args):
+    """The folder to write pages into, or None."""
+    return args.docs or (None if args.smoke else pathlib.Path("docs"))
+
+
+def command(name, run):
+    """main(argv, ...) -> exit status of run(argv, ...): bad input and files that fail are one line and 2."""
+
+    def main(argv=None, *others):
+        try:
+            return run(argv, *others)
+        except (InputError, OSError) as error:
+            print(f"benchmarks.{name}: error: {error}", file=sys.stderr)
+            return 2
+        except NonFiniteError as error:
+            print(f"benchmarks.{name}: FAILS: {error}", file=sys.stderr)
+            return 1
+
+    return main
 
 
 @functools.cache

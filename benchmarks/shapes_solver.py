@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 from benchmarks import environment, plots
-from benchmarks.shapes_runs import arguments, heading, interval, markdown, open_runs, write_between
+from benchmarks.shapes_runs import arguments, command, docs_of, heading, interval, markdown, open_runs, write_between
 
 DPM, EULER = "flow-dpm-solver", "flow-euler"
 STEPS = (4, 8, 10, 14, 20, 28, 50)
@@ -27,7 +27,7 @@ def ways(smoke):
     return [(DPM, REFERENCE), (EULER, REFERENCE), (EULER, 100), *((s, n) for n in STEPS for s in (DPM, EULER))]
 
 
-def main(argv=None, load=None):
+def run(argv=None, load=None):
     args = arguments(__doc__).parse_args(argv)
     runs, rows, painted = open_runs(args, load), [], {}
     path = pathlib.Path(args.output) / "shapes_solver.json"
@@ -49,7 +49,8 @@ def main(argv=None, load=None):
         for found in [runs.difference(painted[sampler, steps], euler)]
     ]
     environment.write_result(path, rows, settings=runs.settings, images=len(runs.lines), promises=promises)
-    write(args.docs, runs, painted, promises)
+    if docs := docs_of(args):
+        write(docs, runs, painted, promises)
     return int(not all(promise["kept"] for promise in promises))
 
 
@@ -87,6 +88,8 @@ def write(docs, runs, painted, promises):
     ]
     (docs / "solver.svg").write_text(plots.svg(panels), encoding="utf-8")
 
+
+main = command("shapes_solver", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,32 +2,36 @@
 
 import json
 import pathlib
-import types
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 
-from benchmarks import plots, shapes_detector, shapes_guidance, shapes_runs, shapes_solver
+from benchmarks import plots, shapes_detector, shapes_guidance, shapes_pictures, shapes_runs, shapes_solver
 from sana_jax.evals.shapes import painters
 from sana_jax.evals.shapes.prompts import prompts
 from sana_jax.evals.shapes.verdict import judge
+from sana_jax.images import read_picture
+from tests import toy_shapes
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 
 
-class Painter:
+class Painter(toy_shapes.Known):
     """A Pipeline whose latents are the truth, further away the fewer the steps; below 3 steps it is all grey."""
 
     def __init__(self):
-        self.sana, self.dc_ae, self.text = (types.SimpleNamespace(sample_size=4), {}), (None, {}), None
-        self.defaults, self.flow_shift, self.calls = {"steps": 20, "guidance_scale": 4.5}, 3.0, 0
+        super().__init__(128)
+        self.calls = 0
 
-    def generate(self, asked, *, seed, first_image, height, width, steps, **options):
+    def generate(self, asked, *, seed, first_image, height, width, steps=20, output="uint8", **options):
         self.calls += 1
         by_prompt = {line["prompt"]: line for line in prompts("seen", 2)}
         some = [by_prompt[text] for text in asked]
-        truth = painters.truth((height, width), seed)(some, first_image) / np.float32(127.5) - 1
+        truth = painters.truth((height, width), seed)(some, first_image)
+        if output == "uint8":
+            return truth
+        truth = truth / np.float32(127.5) - 1
         return truth * 0 if steps < 3 else truth + np.float32(0.1 / steps)
 
     def decode(self, latents):
@@ -49,7 +53,8 @@ def test_solver_and_guidance_write_their_pages(docs):
     written = json.loads((docs / "out" / "shapes_solver.json").read_text())
     rows = {(row["sampler"], row["steps"]): row for row in written["rows"]}
     assert rows["flow-dpm-solver", 4]["latent_error"] == 0 < rows["flow-euler", 3]["latent_error"]
-    assert rows["flow-euler", 3]["difference"]["score"] == 0
+    same = rows["flow-euler", 3]["difference"]
+    assert same["low"] < same["score"] == 0 < same["high"]  # six pictures alike are no proof
     assert rows["flow-euler", 2]["score"]["score"] == 0 and rows["flow-euler", 2]["difference"]["score"] < -0.5
     page = (docs / "solver.md").read_text()
     assert "| Euler | 2 | 0.000 [0.000, " in page and "Not measured yet" not in page
@@ -60,6 +65,36 @@ def test_solver_and_guidance_write_their_pages(docs):
     assert (docs / "solver.md").read_text() == page
     shapes_guidance.main(flags, lambda model: painter)
     assert "| 4.5 (the model) | " in (docs / "guidance.md").read_text()
+
+
+def test_toy_sizes_do_not_write_into_the_documents(docs, monkeypatch):
+    (docs / "docs").mkdir()
+    monkeypatch.chdir(docs)
+    for script in (shapes_solver, shapes_guidance):
+        assert script.main(["--output", "out", "--smoke", "--batch-size", "6"], lambda model: Painter()) == 0
+    assert not any((docs / "docs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, flags, problem",
+    [
+        (shapes_solver, ["--images-per-category", "0"], "shapes_solver: error: images_per_category=0: must be"),
+        (shapes_guidance, ["--batch-size", "0"], "shapes_guidance: error: batch_size=0: must be"),
+        (shapes_guidance, ["--docs", "nowhere", "--smoke"], "shapes_guidance: error: [Errno 2] No such file"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, script, flags, problem):
+    assert script.main(["--output", str(tmp_path / "out"), *flags], lambda model: Painter()) == 2
+    told = capsys.readouterr().err
+    assert problem in told and told.count("\n") == 1
+
+
+def test_the_picture_of_the_readme(tmp_path):
+    assert shapes_pictures.main(["--output", str(tmp_path), "--side", "64"], lambda model: Painter()) == 0
+    sheet, _ = read_picture(tmp_path / "shapes.png")
+    assert len(sheet) == 20 + 6 * (64 + 20 + 8)
+    first, third = (sheet[40:104, x : x + 64] for x in (8, 8 + (sheet.shape[1] - 8) // 2))
+    assert first.std() > 10 and (first != third).any()  # another seed is another picture
 
 
 def test_marks_must_be_there(tmp_path):

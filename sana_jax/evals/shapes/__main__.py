@@ -4,18 +4,19 @@
 
 Writes images.jsonl (prompt, what was found, verdict), the pictures, grid.png and summary.json; an
 interrupted run goes on where it was.  The last line is the score with its 95 % interval.
-Exit status: 0, 1 below --minimum, 2 bad input, 130 interrupted.
+Exit status: 0, 1 below --minimum or not finite, 2 bad input or a file that fails, 130 interrupted.
 """
 
 import sys
 
 import numpy as np
 
+from sana_jax.checkpoints.write import write_json
 from sana_jax.cli.parser import Parser
 from sana_jax.errors import InputError, NonFiniteError, require_positive, require_range
 from sana_jax.evals.shapes import neighbours, painters, records, report
 from sana_jax.evals.shapes.detector import SMALLEST
-from sana_jax.evals.shapes.prompts import SPLITS, prompts
+from sana_jax.evals.shapes.prompts import SPLITS, meaning, prompts
 from sana_jax.evals.shapes.verdict import Found
 from sana_jax.images import read_picture, save_png
 from sana_jax.pipeline import check_request
@@ -41,8 +42,9 @@ def parse(argv):
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="pictures painted at once (16)")
     add("--minimum", type=float, help="exit with status 1 if the score is below")
-    add("--controls", action="store_true", help="also score truth, reconstructions, no text and shuffled prompts, and look for remembered pictures")
-    add("--neighbours", type=int, default=2048, metavar="N", help="training scenes looked at with --controls (2048)")
+    add("--controls", action="store_true", help="also score truth, reconstructions, no text and shuffled prompts")
+    add("--run", help="folder of the run that trained the model: --controls look for scenes remembered from it")
+    add("--neighbours", type=int, default=2048, metavar="N", help="its latest scenes, as many as are looked at (2048)")
     return parser.parse_args(argv)
 
 
@@ -50,7 +52,7 @@ def main(argv=None, load=None):
     args = parse(argv)
     try:
         score = run(args, load or _load)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"sana_jax.evals.shapes: error: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:
@@ -72,11 +74,14 @@ def run(args, load):
     """The evaluation of these arguments; returns the score.  Raises InputError."""
     check(args)
     lines = prompts(args.split, args.images_per_category)
+    others = other_prompts(lines) if args.controls else []
+    seen = neighbours.seen(args.run, args.neighbours) if args.run else None
     pipeline = load(args.model)
     options = sampling(args, pipeline)
     size = options["height"], options["width"]
-    settings = {name: getattr(args, name) for name in ("model", "split", "seed", "batch_size")} | options
-    folder = records.open_folder(args.output, settings | {"weights": painters.fingerprint(pipeline)})
+    settings = {name: getattr(args, name) for name in ("split", "seed", "batch_size")} | options
+    settings |= painters.identity(pipeline, args.split)
+    folder = records.open_folder(args.output, settings)
 
     def scored(name, paint, keep=None):
         return records.evaluate(paint, lines, folder / f"{name}.jsonl", args.batch_size, keep, say)
@@ -93,6 +98,7 @@ def run(args, load):
     rows = scored("images", painters.sampled(pipeline, args.seed, **options), keep)
     save_png(folder / "grid.png", report.grid(rows, picture), {})
     found = {"settings": settings, **report.scores(rows), "controls": {}}
+    found["prompts_with_unknown_words"] = painters.unknown(pipeline, lines)
     if args.controls:
         for name, paint in {
             "truth": painters.truth(size, args.seed),
@@ -100,12 +106,14 @@ def run(args, load):
             "no_text": painters.without_text(pipeline, args.seed, **options),
         }.items():
             found["controls"][name] = report.scores(scored(name, paint))
-        found["controls"]["shuffled"] = report.scores(shuffled(rows))
+        found["controls"]["shuffled"] = report.scores(shuffled(rows, others))
+    if seen:
         some = [pixels for index in range(min(len(rows), 64)) if (pixels := picture(index)) is not None]
-        found["controls"]["neighbours"] = neighbours.summary(
-            neighbours.nearest(pipeline, np.stack(some), args.neighbours)
-        )
-    records.write_json(folder / "summary.json", found)
+        if not some:
+            raise InputError(f"output={args.output!r}: its pictures are gone, which --run compares; take another folder")
+        found["training_scenes"] = len(seen)
+        found["controls"]["neighbours"] = neighbours.summary(neighbours.nearest(pipeline, np.stack(some), seen))
+    write_json(folder / "summary.json", found)
     print("\n".join(told(found)), flush=True)
     return found["overall"]["score"]
 
@@ -127,21 +135,32 @@ def check(args):
         value = getattr(args, name)
         if value is not None and (value < SMALLEST or value % PATCH):
             raise InputError(f"{name}={value}: must be a multiple of {PATCH}, {SMALLEST} or more")
-    if args.controls and args.images_per_category < 2:
-        raise InputError("images_per_category=1: must be 2 or more with --controls, which shuffle the prompts of a category")
+    if args.run is not None and not args.controls:
+        raise InputError(f"run={args.run!r}: is for --controls, which are not asked for")
     if args.minimum is not None:
         require_range("minimum", args.minimum, 0, 1, float)
 
 
-def shuffled(rows):
+def other_prompts(lines):
+    """For each line the next of its category that asks for something else.  Raises InputError: there is none."""
+    found = []
+    for place, line in enumerate(lines):
+        turned = lines[place:] + lines[:place]
+        other = next((o for o in turned if o["tag"] == line["tag"] and meaning(o) != meaning(line)), None)
+        if other is None:
+            raise InputError(
+                f"images_per_category={len(lines) // len({one['tag'] for one in lines})}: too few for --controls, "
+                f"which shuffle the prompts of a category: all of {line['tag']} ask for the same"
+            )
+        found.append(other)
+    return found
+
+
+def shuffled(rows, others):
     """The same pictures judged by another prompt of their category: what they score without listening."""
-    judged = []
-    for place, row in enumerate(rows):
-        others = (o for o in rows[place:] + rows[:place] if o["tag"] == row["tag"] and o["include"] != row["include"])
-        if (other := next(others, None)) is not None:
-            line = {name: other[name] for name in ("tag", "include", "exclude", "prompt") if name in other}
-            judged.append(records.row_of(row["index"], line, [Found(**thing) for thing in row["found"]]))
-    return judged
+    return [
+        records.row_of(row["index"], other, [Found(**thing) for thing in row["found"]]) for row, other in zip(rows, others)
+    ]
 
 
 def told(found):
@@ -151,10 +170,14 @@ def told(found):
             yield from report.text(f"control {name}", control)
     for kind, of in found["controls"].get("neighbours", {}).items():
         yield (
-            f"nearest training scene in {kind}: median {of['sampled_median']:.4f}, "
+            f"nearest of {found['training_scenes']} training scenes in {kind}: median {of['sampled_median']:.4f}, "
             f"of fresh scenes {of['fresh_median']:.4f}, ratio {of['ratio']:.2f}"
         )
+    if found["controls"] and "neighbours" not in found["controls"]:
+        yield "no control of remembered scenes: --run says which run trained the model"
     yield from report.text(f"split {found['settings']['split']}", found)
+    if count := found["prompts_with_unknown_words"]:
+        yield f"{count} of {found['images']} prompts have words that the model was not trained with"
     yield f"overall {report.interval(found['overall'])}"
 
 

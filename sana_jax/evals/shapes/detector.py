@@ -17,6 +17,7 @@ from sana_jax.errors import InputError
 from sana_jax.evals.shapes import outlines, palette
 from sana_jax.evals.shapes.verdict import Found
 
+VERSION = 1  # of what it finds in a picture, and of the verdict on that
 SMALLEST = 128  # pixels a side; a small ring is 7 thick there, and at 96 one verdict in 300 is wrong
 BORDER = 1 / 32  # width of the frame that tells the background
 THICK = 1 / 64  # of what is no rim: the thinnest thing, a small ring, has 0.03

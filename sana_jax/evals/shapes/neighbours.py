@@ -4,34 +4,60 @@ Distances say something only beside others: the same is measured for scenes that
 before, through the same autoencoder.  A model that repeats training scenes is much nearer to one than they.
 """
 
+import pathlib
+
 import numpy as np
 
+from sana_jax import overrides
 from sana_jax.data.shapes import Shapes
+from sana_jax.errors import InputError
 from sana_jax.evals.shapes import painters
 
-TRAINING_SEED, FRESH_SEED = 0, 2**40  # the first is that of the committed experiments' source
+FRESH_SEED = 2**40
 SIDE = 32  # cells along the shorter side that pixels are averaged in
 
 
-def nearest(pipeline, pictures, count, seed=TRAINING_SEED):
-    """Distances to the nearest of `count` training scenes, of pictures and of as many fresh scenes.
+def seen(run_dir, count):
+    """The last `count` scenes that a run of train.py was shown, fewer where it saw fewer, latest last.
+
+    Raises InputError: no folder of a run, or one that was not trained on a source of shapes.
+    """
+    from sana_jax.data.schedule import Schedule  # of grain, which sampling does without
+    from sana_jax.training import initialise, reading
+
+    config = initialise.run_config(run_dir)
+    data = config.get("data") or {}
+    source = dict(data.get("source") or {})
+    if source.pop("class", None) != Shapes.__name__ or data.get("buckets"):
+        raise InputError(f"run={str(run_dir)!r}: is not of Shapes without buckets, whose order of scenes is known here")
+    source, problems = overrides.override(Shapes(), source)
+    if problems:
+        raise InputError("\n  ".join([f"{pathlib.Path(run_dir)}: data.source", *problems]))
+    reader, batch = source.open(), data["batch"]
+    schedule, end = Schedule((len(reader),), batch, config["seed"]), reading.read_meta(run_dir)[1]["samples"]
+    samples = range(max(0, end - count), end)
+    rows = {n: schedule.rows(n)[1] for n in range(samples.start // batch, -(-end // batch))}
+    return [reader.scene(int(rows[i // batch][i % batch])) for i in samples]
+
+
+def nearest(pipeline, pictures, scenes):
+    """Distances to the nearest of some scenes, of pictures and of as many fresh scenes.
 
     Args:
       pictures: uint8 [n H W 3], painted by the model.
-      count: scenes of the training source, its first ones; rounded up to a multiple of n.
-      seed: of that source.
+      scenes: of training, one or more.
     Returns:
       {"pixels", "latents": {"sampled", "fresh": [n] rms distance to the nearest}}, of pixels in [0, 1].
     """
-    size = pictures.shape[1:3]
-    fresh = _scenes(len(pictures), size, FRESH_SEED)
-    fresh = painters.through(pipeline, painters.painted(fresh, size))
+    n, *size, _ = pictures.shape
+    reader = Shapes(seed=FRESH_SEED, aspects=(size[0] / size[1],)).open()
+    fresh = painters.through(pipeline, painters.painted([reader.scene(i) for i in range(n)], size))
     asked = {"sampled": pictures, "fresh": fresh}
     asked = {name: _features(pipeline, some) for name, some in asked.items()}
-    least = {name: [np.full(len(pictures), np.inf, np.float32) for _ in found] for name, found in asked.items()}
-    for begin in range(0, count, len(pictures)):
-        scenes = _scenes(len(pictures), size, seed, begin)
-        known = _features(pipeline, painters.painted(scenes, size))
+    least = {name: [np.full(n, np.inf, np.float32) for _ in found] for name, found in asked.items()}
+    for begin in range(0, len(scenes), n):
+        some = [scenes[i % len(scenes)] for i in range(begin, begin + n)]  # n at a time, one program
+        known = _features(pipeline, painters.painted(some, size))
         for name, found in asked.items():
             least[name] = [
                 np.minimum(so_far, _distances(mine, theirs).min(axis=1))
@@ -54,11 +80,6 @@ def summary(found):
         }
         for kind, of in found.items()
     }
-
-
-def _scenes(count, size, seed, begin=0):
-    reader = Shapes(seed=seed, aspects=(size[0] / size[1],)).open()
-    return [reader.scene(begin + i) for i in range(count)]
 
 
 def _features(pipeline, pictures):

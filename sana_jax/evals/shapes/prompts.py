@@ -5,7 +5,9 @@
 """
 
 import functools
+import hashlib
 import itertools
+import json
 
 import numpy as np
 
@@ -75,6 +77,20 @@ def asked_for(metadata):
         if "position" in item:
             return (things[1], things[0]), item["position"][0]
     return tuple(things), None
+
+
+def meaning(metadata):
+    """What a line asks for, however it is said: "a star above a ring" is "a ring below a star".  Hashable."""
+    things, relation = asked_for(metadata)
+    if relation in ("right of", "below"):
+        things, relation = things[::-1], world.OPPOSITE[relation]
+    return (things, relation) if relation else (frozenset(things), None)
+
+
+def fingerprint(split, per_category=400):
+    """sha256 of the first lines of a split: whether they are still those of an earlier run."""
+    text = json.dumps(prompts(split, per_category), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sentence(asked):

@@ -3,20 +3,11 @@
 import json
 import os
 import pathlib
-import tempfile
 
+from sana_jax.checkpoints.write import write_json
 from sana_jax.errors import InputError
 from sana_jax.evals.shapes.detector import detect
 from sana_jax.evals.shapes.verdict import judge
-
-
-def write_json(path, value):
-    """Writes JSON, whole or not at all."""
-    path = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
 
 
 def read_rows(path):

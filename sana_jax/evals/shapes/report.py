@@ -1,5 +1,6 @@
 """Scores with their intervals, and the grid of pictures."""
 
+from sana_jax.errors import InputError
 from sana_jax.evals.shapes import intervals
 from sana_jax.images import contact_sheet
 
@@ -7,10 +8,13 @@ ACROSS = 8  # pictures of a category in the grid
 
 
 def scores(rows):
-    """{"overall", "exact": interval, "images", "categories": {tag: interval and images}} of rows.
+    """{"overall", "exact": interval, "images", "categories": {tag: interval, images, distinct prompts}} of rows.
 
     "exact" is the score of the stricter question whether nothing else is in the picture.
+    Raises InputError: no rows.
     """
+    if not rows:
+        raise InputError("rows=[]: there is no picture to score")
     tags = list(dict.fromkeys(row["tag"] for row in rows))
     by_tag = {tag: [row for row in rows if row["tag"] == tag] for tag in tags}
 
@@ -18,7 +22,7 @@ def scores(rows):
         return [intervals.wilson(sum(row[name] for row in some), len(some)) for some in by_tag.values()]
 
     categories = {
-        tag: part._asdict() | {"images": len(some)}
+        tag: part._asdict() | {"images": len(some), "prompts": len({row["prompt"] for row in some})}
         for (tag, some), part in zip(by_tag.items(), parts("correct"))
     }
     return {
@@ -38,7 +42,7 @@ def text(name, found):
     """Lines for people: each category, and all of them."""
     yield f"{name}, {found['images']} pictures"
     for tag, part in found["categories"].items():
-        yield f"  {tag:14} {interval(part)}"
+        yield f"  {tag:14} {interval(part)}  {part['prompts']} prompts"
     yield f"  {'all':14} {interval(found['overall'])}, nothing else there {interval(found['exact'])}"
 
 

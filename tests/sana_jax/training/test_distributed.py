@@ -129,11 +129,22 @@ P = jax.sharding.PartitionSpec
 own = 1.0 + 2 * jax.process_index() + jax.numpy.arange(2.0)
 rows = jax.make_array_from_process_local_data(jax.sharding.NamedSharding(mesh, P("data")), own)
 total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P()))(rows)
+import numpy as np
+from sana_jax.data import shapes
+from sana_jax.sharding import make_mesh
+from sana_jax.training import layout
+reader, mesh = shapes.Shapes(size=64).open(), make_mesh(data=4)
+scenes = np.stack([reader[i].arrays["scene"] for i in range(4)])
+mine = slice(2 * jax.process_index(), 2 * jax.process_index() + 2)
+painted = layout.painter(reader, mesh)(layout.put_batch({"scene": scenes[mine]}, mesh), (64, 64))["image"]
+seen = np.concatenate([np.asarray(shard.data) for shard in sorted(painted.addressable_shards, key=lambda s: s.index[0].start)])
+wanted = np.asarray(reader.paint(scenes, 64, 64))
+assert np.abs(seen.astype(int) - wanted[mine]).max() <= 1 < np.abs(seen.astype(int) - wanted[mine][::-1]).max()
 print(jax.process_index(), total.tolist())
 """
 
 
-def test_two_processes_add():
+def test_two_processes_add_and_paint_their_own_rows():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     address = f"127.0.0.1:{free_port()}"
     both = [

@@ -1,33 +1,41 @@
 """The command with the world's own painter in the model's place: files, resume, controls, exit status."""
 
+import dataclasses
 import inspect
 import json
-import types
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 
+from sana_jax.data.schedule import Schedule
+from sana_jax.data.shapes import Shapes
+from sana_jax.errors import InputError
 from sana_jax.evals.shapes import __main__ as command
-from sana_jax.evals.shapes import painters
-from sana_jax.evals.shapes.prompts import TAGS, prompts
+from sana_jax.evals.shapes import neighbours, painters, report
+from sana_jax.evals.shapes.prompts import TAGS, meaning, prompts
 from sana_jax.pipeline import Pipeline
+from sana_jax.stacks import STACKS
+from sana_jax.text import Instruction, Vocabulary
+from tests import runs, toy_shapes
 
 SIZE = 128
+SOURCE = Shapes(seed=3)
 
 
-class Painter:
+class Painter(toy_shapes.Known):
     """Stands in for a Pipeline: paints what each prompt asks for, but for some pictures an empty scene."""
 
     def __init__(self, wrong=()):
-        self.sana = types.SimpleNamespace(sample_size=SIZE // 32), {"w": np.ones(3, np.float32)}
-        self.dc_ae, self.text = (None, {}), None
-        self.defaults, self.flow_shift = {"steps": 20, "guidance_scale": 4.5, "max_sequence_length": 300}, 3.0
+        super().__init__(SIZE)
         self.wrong, self.calls, self.fails_at = wrong, [], None
 
     def generate(self, asked, *, seed, first_image, height, width, bin_resolution, **options):
         self.calls.append((asked, first_image, options))
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
+        warnings.warn("prompts[0]: not in the model's vocabulary: star", stacklevel=2)
         lines = {line["prompt"]: line for line in prompts("seen", 4)}
         some = [{"include": []} if i in self.wrong else lines.get(text, {"include": []}) for text, i in zip(asked, first_image)]
         return painters.truth((height, width), seed)(some, first_image)
@@ -57,11 +65,22 @@ def run(folder, painter, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def trained(tmp_path_factory):
+    """The folder of a run that saw 40 scenes of 128 px, the last ones out of order."""
+    folder = tmp_path_factory.mktemp("evals") / "trained"
+    runs.make_run(folder, runs.DC_AE, steps=(5,))
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["source"] = {"class": "Shapes", **dataclasses.asdict(SOURCE)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, trained):
     """A run with controls; pictures 2 and 8, of the category "counting", are empty."""
     folder = tmp_path_factory.mktemp("evals") / "whole"
     painter = Painter(wrong=(2, 8))
-    return folder, painter, run(folder, painter, "--controls", "--neighbours", "30")
+    return folder, painter, run(folder, painter, "--controls", "--run", str(trained), "--neighbours", "30")
 
 
 def test_a_run_says_what_it_found(whole, capsys):
@@ -76,10 +95,12 @@ def test_a_run_says_what_it_found(whole, capsys):
     assert summary["categories"]["counting"]["score"] == 0.5
     assert summary["overall"]["score"] == pytest.approx(5.5 / 6)
     assert summary["overall"]["low"] < 5.5 / 6 < summary["overall"]["high"]
-    assert summary["settings"] == {
-        "model": None, "split": "seen", "seed": 0, "batch_size": 5, "steps": 20, "guidance_scale": 4.5,
-        "sampler": None, "flow_shift": 3.0, "height": SIZE, "width": SIZE,
-    }  # fmt: skip
+    sampling = {"split": "seen", "seed": 0, "batch_size": 5, "steps": 20, "guidance_scale": 4.5, "sampler": None}
+    sampling |= {"flow_shift": 3.0, "height": SIZE, "width": SIZE}
+    assert summary["settings"] == sampling | painters.identity(painter, "seen")
+    assert summary["categories"]["counting"]["prompts"] == 4
+    rest = [row for row in rows if not set(row["prompt"].split()) <= {"a", "picture", "of", "circle"}]
+    assert summary["prompts_with_unknown_words"] == len(rest) > 12  # and no warning came through
     assert len(list((folder / "images").glob("*.png"))) == 24 and (folder / "grid.png").exists()
 
 
@@ -89,6 +110,7 @@ def test_controls_beside_the_score(whole):
     assert controls["no_text"]["overall"]["score"] == 0  # this painter paints nothing without a prompt
     assert 0 < controls["shuffled"]["images"] and controls["shuffled"]["overall"]["score"] < 0.3
     assert 0.5 < controls["neighbours"]["latents"]["ratio"] < 2
+    assert json.loads((whole[0] / "summary.json").read_text())["training_scenes"] == 30
     unguided = [options["guidance_scale"] for asked, _, options in whole[1].calls if not any(asked)]
     assert unguided == [1.0] * 5
 
@@ -122,9 +144,11 @@ def test_exit_status_below_the_minimum(whole, capsys):
         (["--split", "sen"], "split='sen': must be one of 'seen', 'held_out', 'phrased'; did you mean 'seen'?"),
         (["--minimum", "90"], "minimum=90.0: must be a number in [0, 1]"),
         (["--height", "100"], "height=100: must be a multiple of 32, 128 or more"),
-        (["--images-per-category", "1", "--controls"], "images_per_category=1: must be 2 or more with --controls"),
+        (["--images-per-category", "1", "--controls"], "images_per_category=1: too few for --controls, which shuffle"),
         (["--sampler", "euler"], "sampler='euler': must be one of"),
         (["--batch-size", "0"], "batch_size=0: must be a positive integer"),
+        (["--run", "runs/flow"], "run='runs/flow': is for --controls"),
+        (["--run", "runs/flow", "--controls"], "runs/flow/config.json"),
         (["--steps", "14"], "holds a run with steps=20, not 14; give it a folder of its own"),
     ],
 )
@@ -133,11 +157,73 @@ def test_bad_input_is_named(whole, capsys, flags, problem):
     assert problem in capsys.readouterr().err
 
 
-def test_other_weights_are_another_run(whole, capsys):
-    painter = Painter()
-    painter.sana = painter.sana[0], {"w": np.zeros(3, np.float32)}
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("weights", lambda p: setattr(p, "sana", (p.sana[0], {"w": np.zeros(3, np.float32)}))),
+        ("dtype", lambda p: setattr(p.text.gemma2, "dtype", np.float16)),
+        ("stack", lambda p: setattr(p, "stack", STACKS["diffusers"])),
+        ("instruction", lambda p: setattr(p, "instruction", lambda: Instruction("Paint: ", "given"))),
+        ("max_sequence_length", lambda p: p.defaults.update(max_sequence_length=48)),
+        ("vocabulary", lambda p: setattr(p.text, "vocabulary", Vocabulary(frozenset({"star"})))),
+    ],
+)
+def test_another_model_is_another_run(whole, capsys, name, change):
+    change(painter := Painter())
     assert run(whole[0], painter) == 2
-    assert "weights=" in capsys.readouterr().err
+    assert f"holds a run with {name}=" in capsys.readouterr().err
+
+
+def test_other_prompts_and_another_detector_are_another_run(whole, capsys, monkeypatch):
+    monkeypatch.setattr(painters.detector, "VERSION", 0)
+    monkeypatch.setattr(painters, "fingerprint", lambda split: "0")
+    assert run(whole[0], Painter()) == 2
+    told = capsys.readouterr().err
+    assert "prompts=" in told and "detector=" in told
+
+
+def test_pictures_that_are_gone(whole, trained, tmp_path, capsys):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    shutil.rmtree(folder / "images")
+    assert run(folder, Painter(), "--controls", "--run", str(trained)) == 2
+    assert "its pictures are gone" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "images.jsonl").mkdir()
+    assert run(tmp_path, Painter()) == 2
+    told = capsys.readouterr().err
+    assert "sana_jax.evals.shapes: error: [Errno 21] Is a directory" in told and told.count("\n") == 1
+
+
+def test_a_score_of_nothing():
+    with pytest.raises(InputError, match="there is no picture to score"):
+        report.scores([])
+
+
+def test_shuffled_prompts_ask_for_something_else():
+    lines = prompts("held_out", 30)
+    others = command.other_prompts(lines)
+    assert [line["tag"] for line in others] == [line["tag"] for line in lines]
+    assert not any(meaning(line) == meaning(other) for line, other in zip(lines, others))
+
+
+def test_painters_of_training_scenes_are_told(trained):
+    """The scenes are those of the last batches, in the shuffled order of the run."""
+    schedule, reader = Schedule((SOURCE.records,), 8, 0), SOURCE.open()
+    shown = [reader.scene(int(i)) for n in range(5) for i in schedule.rows(n)[1]]
+    assert neighbours.seen(trained, 1000) == shown and neighbours.seen(trained, 11) == shown[-11:]
+    remembered, fresh = shown[-3:], [reader.scene(i) for i in range(3)]  # its first records, which no run ever shows
+    for scenes, low, high in ((remembered, 0, 0.05), (fresh, 0.5, 2)):
+        pictures = painters.painted(scenes, (SIZE, SIZE))
+        found = neighbours.summary(neighbours.nearest(Painter(), pictures, neighbours.seen(trained, 24)))
+        assert all(low <= of["ratio"] <= high for of in found.values())
+
+
+def test_runs_whose_order_is_not_known(trained, tmp_path):
+    runs.make_run(tmp_path, runs.DC_AE)
+    with pytest.raises(InputError, match="is not of Shapes without buckets"):
+        neighbours.seen(tmp_path, 10)
 
 
 def test_a_broken_line_is_named(tmp_path, capsys):

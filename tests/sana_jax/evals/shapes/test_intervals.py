@@ -41,7 +41,30 @@ def test_pairs_cancel_what_is_common():
     assert found.high - found.low < 0.03  # of two runs apart it would be 0.11
     other = intervals.paired_difference(~hard, ~hard | changed, tags)
     assert other.score == pytest.approx(-gain)
-    assert intervals.paired_difference(hard, hard, tags) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("right, lost, gained", [(0.97, 0.004, 0.0), (0.9, 0.02, 0.05), (0.6, 0.3, 0.2)])
+def test_difference_covers_as_it_says(right, lost, gained):
+    """Also where one pair in 250 differs: the second run loses a share of what is right, and gains of the rest."""
+    rng, tags = np.random.default_rng(0), np.repeat(np.arange(6), 60)
+    truth, inside = right * lost - (1 - right) * gained, 0
+    for _ in range(400):
+        first, chance = rng.random(360) < right, rng.random(360)
+        found = intervals.paired_difference(first, np.where(first, chance > lost, chance < gained), tags)
+        inside += found.low <= truth <= found.high
+    assert 0.93 < inside / 400 <= (0.985 if lost > 0.1 else 1)  # cautious where few pairs differ
+
+
+def test_runs_that_agree_are_not_certain_to():
+    few, many = (intervals.paired(*[np.ones(n, bool)] * 2) for n in (60, 600))
+    assert few.low < few.score == 0 < few.high and -few.low == pytest.approx(few.high)
+    assert few.high == pytest.approx(1 - intervals.wilson(60, 60).low)  # nothing says that they are correlated
+    assert many.high < 0.15 * few.high
+
+
+def test_average():
+    found = intervals.average([30.0, 32.0, 34.0])
+    assert found == pytest.approx((32, 32 - 1.96 * 2 / 3**0.5, 32 + 1.96 * 2 / 3**0.5), abs=1e-4)
 
 
 def test_categories_weigh_the_same():

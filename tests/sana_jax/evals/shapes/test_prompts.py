@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sana_jax.data import shapes_scene as world
-from sana_jax.evals.shapes.prompts import SPLITS, TAGS, asked_for, line, prompts
+from sana_jax.evals.shapes.prompts import SPLITS, TAGS, asked_for, fingerprint, line, meaning, prompts
 
 
 @pytest.fixture(scope="module")
@@ -82,5 +82,17 @@ def test_sentences(lines):
 
 def test_they_are_the_same_for_ever(lines):
     """The splits were fixed before the model was trained."""
+    assert fingerprint("phrased", 120)[:16] == "252badcc7201a039"
     text = json.dumps({split: lines[split] for split in ("seen", "held_out")}, sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "97764c7801bccd3b"
+
+
+def test_meaning_is_that_of_the_picture():
+    circle, square = ("circle", "red", None, 1), ("square", None, None, 1)
+
+    def of(things, relation=None):
+        return meaning(line("position", (things, relation), ""))
+
+    assert of((circle, square)) == of((square, circle)) != of((circle,))
+    assert of((circle, square), "above") == of((square, circle), "below") != of((circle, square), "below")
+    assert of((circle, square), "right of") == of((square, circle), "left of") != of((square, circle))
