@@ -1,0 +1,104 @@
+"""The middle of Mix-FFN, between its two products (GLUMBConv, section 2.2 of https://arxiv.org/abs/2410.10629).
+
+    x = silu(y)                          or y, where the first SiLU has been applied
+    [value, gate] = depthwise_3x3(x) + bias,   zero outside the image
+    out = value * silu(gate)
+
+Backward, from the gradient g of out, with silu'(t) = s (1 + t (1 - s)), s = sigmoid(t):
+
+    down    = [g * silu(gate), g * value * silu'(gate)]        rounded to y's dtype, the one intermediate
+    dy      = silu'(y) * depthwise_3x3(down, kernel turned by 180 degrees)
+    dkernel = for each tap, sum over pixels of x, shifted, * down;    dbias = sum over pixels of down
+
+What is kept for it is y: value and gate are computed again.
+Shapes: b images, h w grid, 2c channels of y, of which the first c are the value's.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import KernelError, listed, require
+from pallas_kernels.mix_ffn import pallas_triton, reference, xla
+
+OP = "mix_ffn"
+FOLDER = pathlib.Path(__file__).parent
+DTYPES = ("bfloat16", "float32")
+WIDTH = "any"  # one row of tiles for all numbers of channels
+MAX_GRID = 65535  # CUDA's second and third axis
+
+
+def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto"):
+    """The middle of Mix-FFN.
+
+    Args:
+      y: [b, h, w, 2 * c].  Kernels take bfloat16 and float32, and any h, w and c.
+      kernel: [3, 3, 2 * c], of the depthwise convolution; used in float32.
+      bias: [2 * c], likewise.
+      first_silu: whether the SiLU before the convolution is part of it.
+      implementation: "auto", or one of dispatch.IMPLEMENTATIONS, which works or raises.
+    Returns:
+      [b, h, w, c] in the dtype of y, rounded once.  All sums run in float32, in an order that does
+      not change.
+    Raises:
+      KernelError: an argument that the implementation cannot take.
+    """
+    require(jnp.ndim(y) == 4, OP, "y.shape", jnp.shape(y), "[b, h, w, 2 * c]")
+    require(jnp.issubdtype(y.dtype, jnp.floating), OP, "y.dtype", y.dtype, "a float type")
+    require(0 not in y.shape, OP, "y.shape", y.shape, "without an empty axis")
+    require(y.shape[-1] % 2 == 0, OP, "y.shape", y.shape, "[b, h, w, 2 * c]: an even last axis")
+    width = y.shape[-1]
+    require(jnp.shape(kernel) == (3, 3, width), OP, "kernel.shape", jnp.shape(kernel), f"{(3, 3, width)}")
+    require(jnp.shape(bias) == (width,), OP, "bias.shape", jnp.shape(bias), f"{(width,)}")
+    b, h, w, _ = y.shape
+    sizes = dict(b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
+    name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, obstacle(y))
+    kernel, bias = (a.astype(dispatch.wide(y.dtype)) for a in (kernel, bias))
+    return _mix_ffn(y, kernel, bias, bool(first_silu), name)
+
+
+def obstacle(y):
+    """The KernelError that says why no kernel takes this y, or None."""
+    b, h, w, _ = y.shape
+    try:
+        require(str(y.dtype) in DTYPES, OP, "y.dtype", y.dtype, f"{listed(DTYPES)} for a kernel")
+        limit = f"at most {dispatch.MAX_ELEMENTS} for a kernel, whose offsets are int32"
+        require(y.size <= dispatch.MAX_ELEMENTS, OP, "y.size", y.size, limit)
+        tiles = dispatch.tiles(FOLDER, y.dtype, WIDTH).values()
+        most = max(pallas_triton.blocks_of(h, w, tile) for tile in tiles)
+        require(most <= MAX_GRID, OP, "h, w", (h, w), f"cut into at most {MAX_GRID} blocks for a kernel, not {most}")
+        require(b <= MAX_GRID, OP, "b", b, f"at most {MAX_GRID} for a kernel")
+    except KernelError as error:
+        return error
+
+
+def _passes(name, y):
+    """(forward, backward) of an implementation."""
+    if name in ("reference", "xla"):
+        module = {"reference": reference, "xla": xla}[name]
+        return module.forward, module.backward
+    options = {"tiles": dispatch.tiles(FOLDER, y.dtype, WIDTH)}
+    if name == "jax_triton":
+        from pallas_kernels.mix_ffn import jax_triton as module
+    else:
+        module, options["interpret"] = pallas_triton, name == "pallas_interpret"
+    return functools.partial(module.forward, **options), functools.partial(module.backward, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _mix_ffn(y, kernel, bias, first_silu, name):
+    return _passes(name, y)[0](y, kernel, bias, first_silu)
+
+
+def _forward(y, kernel, bias, first_silu, name):
+    return _mix_ffn(y, kernel, bias, first_silu, name), (y, kernel, bias)
+
+
+def _backward(first_silu, name, kept, gradient):
+    return _passes(name, kept[0])[1](*kept, gradient, first_silu)
+
+
+_mix_ffn.defvjp(_forward, _backward)

@@ -1,0 +1,62 @@
+"""Relative errors against float64, and the bounds that every implementation of an operation keeps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORWARD = 2e-6  # float32
+GRADIENT = 1e-5
+NARROW = 1.1  # bfloat16: times the error of the exact result rounded to bfloat16
+
+
+def double(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+
+
+def exact(fn, *args):
+    """fn in float64, as numpy arrays."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, jax.jit(fn)(*double(args)))
+
+
+def quickly_compiled(fn):
+    """jax.jit for what runs once: LLVM's optimisation of an interpreted kernel takes longer than all else."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def with_gradients(fn):
+    """(args, gradient of the result) -> (result, gradients of args)."""
+
+    def run(args, gradient):
+        out, pull = jax.vjp(fn, *args)
+        return out, pull(gradient)
+
+    return run
+
+
+def error(got, want):
+    """|got - want| / |want|; infinite where got is not finite."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    found = np.linalg.norm(got - want) / np.linalg.norm(want)
+    return found if np.isfinite(found) else np.inf
+
+
+def rounding(want, dtype):
+    """The error of `want` rounded to `dtype`."""
+    return error(want.astype(jnp.dtype(dtype)), want)
+
+
+def problems(got, want, gradient_rounding=NARROW):
+    """What of (result, gradients) is worse than the bounds: [(which, error, bound)]."""
+    found = []
+    leaves = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    for i, (a, b) in enumerate(leaves):
+        # The gradient of a float32 parameter is no better than the narrow arrays that it is summed from.
+        dtype = leaves[0][0].dtype
+        if dtype == jnp.float32:
+            bound = FORWARD if i == 0 else GRADIENT
+        else:
+            bound = rounding(b, dtype) * (NARROW if i == 0 else gradient_rounding)
+        if not error(a, b) <= bound:
+            found.append((i, error(a, b), bound))
+    return found

@@ -1,0 +1,187 @@
+"""Every kernel and every tile, for cards that are not there: it lowers, masks, has no race and no spill.
+
+All tiles for all cards in both languages take minutes: by default each tile is compiled once in Pallas,
+those of bfloat16 for two generations of tensor cores, and each kernel once in Triton's own language.
+SANA_JAX_NIGHT=1 adds the rest.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.dispatch import table
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.mix_ffn import mix_ffn
+from tests.pallas_kernels import accuracy, gpu
+
+pytestmark = [
+    pytest.mark.static,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
+        reason="needs the extra `static`",
+    ),
+]
+NIGHT = os.environ.get("SANA_JAX_NIGHT") == "1"
+PACKAGE = pathlib.Path(__file__).parents[2] / "pallas_kernels"
+aval = jax.ShapeDtypeStruct
+
+
+def attention_program(dtype, width, implementation):
+    """Forward and backward with everything on, and a ragged number of tokens."""
+
+    width = int(width)
+
+    def attend(qkv, scale):
+        return linear_attention(qkv, 1e-15, scale, implementation=implementation)
+
+    args = aval((2, 1000, 3, 3 * width), dtype), aval((2, 3, width), jnp.float32)
+    return accuracy.with_gradients(attend), args, aval((2, 1000, 3, width), dtype)
+
+
+def mix_ffn_program(dtype, _, implementation):
+    """Forward and backward with the first SiLU, of odd sizes."""
+    b, h, w, c = 2, 33, 35, 72
+
+    def mix(y, kernel, bias):
+        return mix_ffn(y, kernel, bias, implementation=implementation)
+
+    args = aval((b, h, w, 2 * c), dtype), aval((3, 3, 2 * c), jnp.float32), aval((2 * c,), jnp.float32)
+    return accuracy.with_gradients(mix), args, aval((b, h, w, c), dtype)
+
+
+PROGRAMS = {"linear_attention": attention_program, "mix_ffn": mix_ffn_program}
+# What kernels index themselves, so that no block says it: all accesses to it have to be masked.
+IMAGES = {"mix_ffn_forward": {0, 1, 2}, "mix_ffn_down": {0, 1, 2, 3}, "mix_ffn_backward": {0, 1, 2}}
+ROWS = [
+    (op, dtype, width)
+    for op in PROGRAMS
+    for dtype, widths in table(PACKAGE / op)["tiles"]["default"].items()
+    for width in widths
+]
+
+
+@pytest.fixture(autouse=True)
+def no_layout_of_the_cpu(monkeypatch):
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def check(report, sm):
+    assert report.spills == 0 and report.registers <= 255 and report.shared <= gpu.SHARED[sm], report
+
+
+@pytest.mark.parametrize("op, dtype, width", ROWS)
+def test_pallas_tiles_fit(op, dtype, width):
+    for sm in (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,):
+        kernels = gpu.pallas_kernels(*PROGRAMS[op](dtype, width, "pallas"), sm=sm)
+        assert kernels
+        for kernel in kernels:
+            check(gpu.compile_pallas(kernel, sm), 89 if sm == 80 else sm)  # one instruction set, less memory
+
+
+TRITON_ROWS = ROWS if NIGHT else [row for row in ROWS if row[1] == "bfloat16" and row[2] != "16"]
+
+
+@pytest.mark.parametrize("op, dtype, width", TRITON_ROWS)
+def test_jax_triton_tiles_fit(op, dtype, width, monkeypatch):
+    for sm in (80, 89, 90) if NIGHT else (90,):
+        found = gpu.compile_jax_triton(monkeypatch, *PROGRAMS[op](dtype, width, "jax_triton"), sm=sm)
+        assert found
+        for ir, report in found:
+            assert "atomic" not in ir
+            check(report, sm)
+
+
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_what_is_ragged_is_masked_and_nothing_is_written_twice(op):
+    program = PROGRAMS[op]("bfloat16", "32", "pallas")
+    kernels = {kernel.name: kernel for kernel in gpu.pallas_kernels(*program, sm=89)}  # the others: above
+    calls = gpu.pallas_calls(*program)
+    assert {call.params["name"] for call in calls} == set(kernels) and len(calls) == len(kernels)
+    for call in calls:
+        kernel = kernels[call.params["name"]]
+        taken = gpu.ragged(call) | IMAGES.get(kernel.name, set())
+        assert taken and not taken & set(gpu.unmasked(kernel)), kernel.name
+        assert set(gpu.writers(call)) == {1}, kernel.name
+        assert b"atomic" not in kernel.ir
+
+
+def test_jax_triton_computes_the_same():
+    """Run by Triton's interpreter, which a process has from its start or not at all."""
+    script = pathlib.Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found and not any(found.values()), found
+
+
+def test_jax_triton_under_vmap(monkeypatch):
+    def fn(x):
+        return linear_attention(x, 1e-15, implementation="jax_triton")
+
+    assert gpu.lower(jax.vmap(fn), aval((2, 1, 64, 1, 96), jnp.bfloat16))
+
+
+# --- Negative controls: each check finds what it is there for.
+
+
+def small_call(kernel, n=100, rows=64, out=lambda i: (i,)):
+    return pl.pallas_call(
+        functools.partial(kernel, n=n),
+        out_shape=aval((n,), jnp.float32),
+        grid=(pl.cdiv(n, rows),),
+        in_specs=[pl.BlockSpec((rows,), lambda i: (i,))],
+        out_specs=pl.BlockSpec((rows,), out),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        name="control",
+    )
+
+
+def test_a_race_is_caught():
+    def add(x, y, n):
+        y[...] += x[...]
+
+    x = aval((100,), jnp.float32)
+    assert gpu.writers(*gpu.pallas_calls(small_call(add, out=lambda i: (0,)), x)) == [2]
+    assert gpu.writers(*gpu.pallas_calls(small_call(add), x)) == [1]
+
+
+def test_a_missing_mask_is_caught():
+    def copy(x, y, n, masked=True):
+        exists = pl.program_id(0) * 64 + jnp.arange(64) < n
+        value = plt.load(x, mask=exists, other=0.0) if masked else x[...]
+        plt.store(y, value, mask=exists)
+
+    def found(masked, n):
+        fn, x = small_call(functools.partial(copy, masked=masked), n), aval((n,), jnp.float32)
+        return gpu.ragged(*gpu.pallas_calls(fn, x)) & set(gpu.unmasked(*gpu.pallas_kernels(fn, x)))
+
+    assert found(True, 100) == set() and found(False, 128) == set()
+    if jax.__version_info__ < (0, 12):  # which masks by itself
+        assert found(False, 100) == {0}
+
+
+def test_a_spill_is_caught(monkeypatch):
+    from pallas_kernels import dispatch
+
+    tiles = dict(rows=128, warps=1, stages=1, programs=1)
+    monkeypatch.setattr(dispatch, "tiles", lambda *_: dict.fromkeys(("state", "apply", "dq", "dkv"), tiles))
+    kernels = gpu.pallas_kernels(*attention_program("float32", 32, "pallas"))
+    (kernel,) = (k for k in kernels if k.name == "linear_attention_apply")
+    with pytest.raises(AssertionError, match="spills="):
+        check(gpu.compile_pallas(kernel, 90), 90)
+
+
+def test_too_much_shared_memory_is_caught():
+    with pytest.raises(AssertionError, match="shared=200000"):
+        check(gpu.Report(32, 0, 200_000), 80)
+    check(gpu.Report(32, 0, 200_000), 90)
