@@ -1,12 +1,20 @@
 """Settings of every test, and toy pipelines made by the peers' own classes."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax; tests never touch an accelerator
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One for the whole run: both workers and every process that a test starts compile the same toys.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder = tempfile.mkdtemp(prefix="sana_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 import jax
 import pytest

@@ -259,12 +259,12 @@ def test_scheduler(copy, pipeline):
     ("text_encoder", {"num_hidden_layers": 10**9}),
 ])  # fmt: skip
 def test_a_config_that_claims_more_than_the_file_holds(copy, part, change):
-    """Refused by counting, before anything is made for each of the layers."""
+    """Refused by counting, before anything is made for each of the layers, which would never end."""
     edit(copy / part / "config.json", **change)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError):
         LOADERS[part](copy / part)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("value", ["a", float("nan"), 0, -1.0])

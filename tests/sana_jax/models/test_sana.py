@@ -369,7 +369,7 @@ def test_gradients_reach_every_parameter():
     arguments = module.example_inputs()
     rng = np.random.default_rng(0)
     arguments = [jnp.asarray(rng.normal(size=a.shape), a.dtype) if a.dtype != bool else a for a in arguments]
-    params = module.init(jax.random.key(0), *arguments)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *arguments)["params"]
 
     def loss(params, module):
         return jnp.sum(module.apply({"params": params}, *arguments) ** 2)
