@@ -7,8 +7,10 @@ import shutil
 import sys
 import tempfile
 
+from tests.quick import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax; tests never touch an accelerator
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One for the whole run: both workers and every process that a test starts compile the same toys.

@@ -10,12 +10,13 @@ import sys
 import time
 import uuid
 
+from tests.quick import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/chaos/tiny.py"
 NIGHT = os.environ.get("SANA_JAX_NIGHT") == "1"  # .ci/nightly: all of it, and many times
 MARK = "SANA_JAX_CHAOS"  # a variable of every process of a run, so that none is overlooked
 HEARTBEAT = 5  # seconds
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 PATIENCE = 180  # seconds for anything on a busy machine; what must be quick is measured
 
 
@@ -44,7 +45,7 @@ class Run:
             job += [f"distributed.heartbeat_seconds={HEARTBEAT}", "distributed.shutdown_seconds=20"]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices} {QUICK}",
+            "XLA_FLAGS": xla_flags(self.devices, quick=True),
             "XDG_CACHE_HOME": str(self.cache),
             "PYTHONUNBUFFERED": "1",
             MARK: self.mark,

@@ -21,6 +21,7 @@ from sana_jax.models import sana as models
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA, DCAE
 from sana_jax.models.gemma2 import GEMMA2_2B, Gemma2
 from sana_jax.sharding import make_mesh
+from tests.quick import xla_flags
 
 SANA = models.Sana(width=64, depth=3, heads=2, cross_heads=4, caption_width=32, qk_norm=True, sample_size=16)
 TOY = {
@@ -200,7 +201,7 @@ def test_two_processes_hold_two_pieces_each(folders, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     (tmp_path / "process.py").write_text(PROCESS)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.getcwd()}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices=2), "PYTHONPATH": os.getcwd()}
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(

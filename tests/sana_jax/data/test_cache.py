@@ -36,6 +36,7 @@ from sana_jax.training import frozen, layout
 from sana_jax.training.objectives import Flow
 from sana_jax.training.objectives.flow import text_states
 from sana_jax.training.optimizer import AdamW
+from tests.quick import xla_flags
 from tests.sana_jax.data.test_folder import reason, write
 
 ROWS, TOKENS, BATCH = 11, 16, 4
@@ -358,7 +359,7 @@ def test_the_command_after_a_kill(config, made, tmp_path):
         "--batch=4",
         "--shard-records=4",
     ]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
     process = subprocess.Popen([*command, "data.threads=1"], env=environment)
     deadline = time.monotonic() + 120
     while not (out / "00000.array_record").exists() and process.poll() is None and time.monotonic() < deadline:

