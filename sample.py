@@ -122,7 +122,7 @@ def run(args):
 def load(loading, chi):
     """(pipeline, what it must agree in with a recorded one), and a report of both."""
     started = time.perf_counter()
-    named = ("dtype", "stack", "revision", "variant", "dc_ae", "text")
+    named = ("dtype", "stack", "revision", "variant", "dc_ae", "text", "kernels")
     chosen = {name: loading[name] for name in named if loading[name] is not None}
     model = sana_jax.load_pipeline(loading["model"], **chosen)
     seconds = time.perf_counter() - started

@@ -17,7 +17,7 @@ import sys
 
 import jax
 
-from sana_jax import compile_cache, experiment, flops, sharding
+from sana_jax import compile_cache, experiment, flops, ops, sharding
 from sana_jax.checkpoints.read import read_json
 from sana_jax.checkpoints.write import write_json
 from sana_jax.data.loader import Loader
@@ -72,6 +72,7 @@ def train(config, preemption):
         # ---- devices --------------------------------------------------------------------------------
         mesh = sharding.make_mesh(**layout.mesh_sizes(config.mesh))
         layout.check_batch(config.data.batch, config.optim.accumulate, mesh)
+        ops.require_runnable(getattr(config.model, "kernels", "auto"))
         opened.enter_context(jax.set_mesh(mesh))
 
         # ---- data, and the networks that are not trained --------------------------------------------

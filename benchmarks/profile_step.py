@@ -50,7 +50,6 @@ def parts(module, size, length=300):
     import jax.numpy as jnp
 
     from sana_jax import ops
-    from sana_jax.models.sana import add_gated, modulate
 
     d, f, side = module.width, int(module.ffn_ratio * module.width), size // 32
     heads, cross, b = module.heads, module.cross_heads, 2
@@ -93,8 +92,8 @@ def parts(module, size, length=300):
     yield "linear attention", attention, qkv, [], 4 * t * d * (d // heads + 1)
     kv = [(b, length, cross, 2 * d // cross), (b, length)]
     yield "cross attention", ops.cross_attention, [(b, n, cross, d // cross), *kv], [], 4 * t * length * d
-    yield "modulate", modulate, [grid], [(b, 1, 1, d), (b, 1, 1, d)], None
-    yield "gated add", lambda x, y, gate: add_gated(x, gate, y), [grid, grid], [(b, 1, 1, d)], None
+    yield "modulate", ops.modulate, [grid], [(b, 1, 1, d), (b, 1, 1, d)], None
+    yield "gated add", lambda x, y, gate: ops.add_gated(x, gate, y), [grid, grid], [(b, 1, 1, d)], None
     yield "silu", silu, [wide], [], None
     yield "glu", glu, [wide], [], None
     yield "depthwise, library conv NHWC", library, [wide], conv, None
@@ -171,7 +170,8 @@ def network(module, params, size, copies, unrolled=False):
     if unrolled:
         block = SanaBlock(
             module.heads, module.cross_heads, int(module.ffn_ratio * module.width), module.qk_norm,
-            module.attention_eps, module.cross_norm_eps, module.clamp, module.dtype, module.param_dtype,
+            module.attention_eps, module.cross_norm_eps, module.clamp, module.kernels, module.dtype,
+            module.param_dtype,
         )  # fmt: skip
         layers = [jax.tree.map(lambda a: a[i], (params["blocks"], text.kv)) for i in range(module.depth)]
         width = module.width

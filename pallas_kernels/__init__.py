@@ -1,7 +1,9 @@
-"""GPU kernels of SANA's two expensive elementwise-and-reduce operations, forward and backward.
+"""GPU kernels of SANA's elementwise-and-reduce operations, forward and backward.
 
+    from pallas_kernels.adaln import add_gated, modulate
     from pallas_kernels.linear_attention import linear_attention
     from pallas_kernels.mix_ffn import mix_ffn
+    from pallas_kernels.rms_residual import add_rms_norm
 
 Each folder is one operation: its signature, formula and choice of implementation in `__init__.py`,
 its specification in `reference.py`, plain JAX in `xla.py`, and the same algorithm as kernel twice, in

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,24 @@ logger = logging.getLogger(__name__)
 
 class KernelError(ValueError):
     """An argument that an operation cannot take: names the operation, the argument, its value, the rule."""
+
+
+class Cut(NamedTuple):
+    """How the arrays of a pass may be cut over devices.
+
+    rule: for each array that the pass takes and gives, in order and without None, a name for each axis,
+      such as "b n k m, r k c -> b n k c, b k c"; what has one name has one size.
+    factors: the names along which each device may hold a part and work on it alone.  A result without
+      one of them is a sum over it, which is then still to be added up over devices.
+    """
+
+    rule: str
+    factors: str
+
+
+def cut_up(passes, cuts, partition):
+    """(forward, backward) by `partition(function of arrays, Cut)`; as they are where it is None."""
+    return passes if partition is None else tuple(partition(fn, cut) for fn, cut in zip(passes, cuts))
 
 
 def require(condition, op, argument, value, supported):

@@ -84,7 +84,7 @@ def explain_decode(dc_ae, params, decode, latents):
 
         def probe(run, args, kwargs, context):
             out = run(*args, **kwargs)
-            if context.method_name == "__call__":
+            if context.method_name == "__call__" and isinstance(out, jax.Array):  # not parameters alone
                 paths.append("/".join(context.module.path))
                 flags.append(jnp.isfinite(out).all())
             return out

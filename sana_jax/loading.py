@@ -11,7 +11,7 @@ transformer/, vae/.  What it cannot say (which instruction, which stack, ...) st
 import os
 import pathlib
 
-from sana_jax import bundled, extras, memory, precision, schedulers
+from sana_jax import bundled, extras, memory, ops, precision, schedulers
 from sana_jax.checkpoints import sana as sana_format
 from sana_jax.checkpoints.pickles import SUFFIXES
 from sana_jax.checkpoints.read import read_json
@@ -75,7 +75,7 @@ def _paths(model, find, given):
 
 def load_pipeline(
     model=None, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None, mesh=None,
-    transformer=None,
+    transformer=None, kernels="auto",
 ):  # fmt: skip
     """A whole pipeline from a folder in diffusers layout, or from its parts.
 
@@ -98,14 +98,17 @@ def load_pipeline(
       mesh: devices to lay the parameters over, see `sharding.make_mesh`.
       transformer: further arguments of `components.load_sana`, for what a single file does not tell, e.g.
         {"sample_size": 64, "position_scale": 1.0} or {"entry": "state_dict_ema"}.
+      kernels: how the operations of `ops` run: "auto", or one of ops.KERNELS, which works or raises.
     Returns:
       A `Pipeline`.
     Raises:
       InputError, CheckpointError: one message that names what does not fit.
     """
+    ops.require_runnable(kernels)
     model = bundled.require() if model is None else model
     prepared, build = prepare_pipeline(
-        model, dtype=dtype, stack=stack, revision=revision, variant=variant, dc_ae=dc_ae, text=text, transformer=transformer
+        model, dtype=dtype, stack=stack, revision=revision, variant=variant, dc_ae=dc_ae, text=text, transformer=transformer,
+        kernels=kernels,
     )  # fmt: skip
     memory.require_memory(sum(part.bytes_held(mesh) for part in prepared), model, mesh and mesh.devices.flat)
     return build(*(part.read(mesh) for part in prepared))
@@ -113,7 +116,7 @@ def load_pipeline(
 
 def prepare_pipeline(
     model, *, dtype="auto", stack="auto", revision=None, variant=None, dc_ae=None, text=None,
-    as_stored=False, transformer=None,
+    as_stored=False, transformer=None, kernels="auto",
 ):  # fmt: skip
     """`load_pipeline` up to the point where weights are read.
 
@@ -156,6 +159,7 @@ def prepare_pipeline(
         follow(prepare_dc_ae, paths["vae"], variant if dc_ae is None else None, other),
         follow(prepare_gemma2, paths["text_encoder"], variant if text is None else None, other),
     ]
+    prepared[:2] = [part._replace(module=part.module.clone(kernels=kernels)) for part in prepared[:2]]
     if folder is not None:
         schedulers.check_pipeline_class(index, kind, prepared[0].module)
     if stack == "auto":

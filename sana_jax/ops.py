@@ -1,16 +1,37 @@
-"""The operations that a hand-written kernel can replace, as pure functions on NHWC arrays.
+"""The one door to the operations that a hand-written kernel can replace, as pure functions on NHWC arrays.
 
-Models call these and know nothing of how they run.  What stands here is the plain jnp form: it is
-what runs on a CPU, and what any kernel has to agree with.
+Models call these and say which implementation they want, `kernels`; their parameters do not depend on it.
+The operations with kernels are those of pallas_kernels, where each has its formula, its specification
+and its plain JAX, which is what runs on a CPU.  Here are added errors of our own kind and the devices
+that arrays are cut over (partition.py).  Kernels take bfloat16 and float32; of float16 and float64 "auto"
+makes plain JAX.
 Shapes: b batch, h w grid, n = h * w tokens, k heads, c channels of a head.
 """
 
-import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 
-from sana_jax.errors import InputError
+from pallas_kernels import adaln, depthwise, dispatch, rms_residual
+from pallas_kernels.dispatch import KernelError
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.mix_ffn import mix_ffn as fused_mix_ffn
+from sana_jax.errors import InputError, require_choice
+from sana_jax.partition import over_devices
+
+KERNELS = dispatch.IMPLEMENTATIONS  # names of how an operation runs
+GPU_ONLY = ("pallas", "jax_triton")
+
+
+def require_runnable(kernels):
+    """Raises InputError: no such implementation, or this machine does not run it."""
+    require_choice("kernels", kernels, KERNELS)
+    if kernels in GPU_ONLY and jax.default_backend() != "gpu":
+        others = dispatch.listed(name for name in KERNELS if name not in GPU_ONLY)
+        raise InputError(f"kernels={kernels!r}: needs an NVIDIA GPU, and this is a {jax.default_backend()}; here: {others}")
+    if kernels == "jax_triton" and not importlib.util.find_spec("jax_triton"):
+        raise InputError("kernels='jax_triton': jax-triton is not installed: pip install 'sana_jax[cuda13]'")
 
 
 def relu(x):
@@ -71,7 +92,20 @@ def dense(x, kernel, bias):
     return narrow(x, kernel, bias) if x.dtype == jnp.float32 else by_platform(wide, narrow)(x, kernel, bias)
 
 
-def relu_linear_attention(qkv, eps):
+def through_the_door(op, *args, kernels, **options):
+    """An operation of pallas_kernels, cut over devices as its arrays are.
+
+    kernels: "auto", which takes a hand-written kernel where measurements say so, or an implementation of
+      `KERNELS` by name, which works or raises.
+    Raises InputError: what the implementation cannot take.
+    """
+    try:
+        return op(*args, **options, implementation=kernels, partition=over_devices)
+    except KernelError as error:
+        raise InputError(str(error)) from error
+
+
+def relu_linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, kernels="auto"):
     """Softmax-free attention, equation (1) of SANA (https://arxiv.org/abs/2410.10629).
 
         out_n = relu(q_n) S / (relu(q_n) . z + eps),  S = sum_n relu(k_n)^T v_n,  z = sum_n relu(k_n)
@@ -79,27 +113,61 @@ def relu_linear_attention(qkv, eps):
     Args:
       qkv: [b, n, k, 3 * c], for each head its query, key and value side by side.
       eps: added to the denominator (1e-15 in diffusers and DC-AE, 1e-8 in NVlabs' SANA).
+      norm_scale: None, or the scales [2, k, c] of an RMS normalisation of queries and keys over all heads
+        and channels, in float32.
     Returns:
       [b, n, k, c] in the dtype of qkv.  The sums over n run in float32: at 4096 px they add 16384
       tokens and leave the range of float16.
     """
-    q, k, v = jnp.split(qkv, 3, axis=-1)
-    q, k = relu(q), relu(k)
-    state = einsum32("bnkc,bnke->bkce", k, v)
-    total = jnp.sum(k, axis=1, dtype=jnp.float32)
-    q = q.astype(jnp.float32)
-    out = jnp.einsum("bnkc,bkce->bnke", q, state)
-    weight = jnp.einsum("bnkc,bkc->bnk", q, total)
-    return (out / (weight[..., None] + eps)).astype(qkv.dtype)
+    return through_the_door(
+        linear_attention, qkv, eps, norm_scale=norm_scale, norm_eps=norm_eps, kernels=kernels
+    )
 
 
-@jax.custom_vjp
+def mix_ffn(y, kernel, bias, kernels="auto"):
+    """The middle of Mix-FFN: SiLU, depthwise 3 x 3 convolution, value * SiLU(gate).
+
+    Args:
+      y: [b, h, w, 2 * c], the expansion before its SiLU.
+      kernel, bias: [3, 3, 2 * c] and [2 * c] of the convolution.
+    Returns:
+      [b, h, w, c] in the dtype of y.
+    """
+    return through_the_door(fused_mix_ffn, y, kernel, bias, kernels=kernels)
+
+
+def modulate(x, shift, scale, kernels="auto"):
+    """adaLN: LayerNorm(x) (1 + scale) + shift, without affine parameters of its own, float32 until the
+    one rounding to x's dtype.
+
+    x [b, h, w, d]; shift, scale [b or 1, 1, 1, d] float32 -> [b, h, w, d].
+    """
+    rows = (shift[:, 0, 0], scale[:, 0, 0])
+    return through_the_door(adaln.modulate, tokens(x), *rows, kernels=kernels).reshape(x.shape)
+
+
+def add_gated(x, gate, y, kernels="auto"):
+    """x + gate * y with one rounding.  x, y [b, h, w, d]; gate [b or 1, 1, 1, d] float32."""
+    gate = gate[:, 0, 0]
+    return through_the_door(adaln.add_gated, tokens(x), gate, tokens(y), kernels=kernels).reshape(x.shape)
+
+
+def add_rms_norm(x, y, scale, bias, eps=1e-5, kernels="auto"):
+    """x + (y / sqrt(mean(y^2) + eps) * scale + bias), the branch rounded to its dtype before the sum is.
+
+    x, y [b, h, w, d]; scale, bias [d].
+    """
+    args = tokens(x), tokens(y), scale, bias, eps
+    return through_the_door(rms_residual.add_rms_norm, *args, kernels=kernels).reshape(x.shape)
+
+
+def tokens(x):
+    """[b h w d] -> [b n d]."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
 def depthwise_conv(x, kernel, bias=None):
     """Depthwise k x k convolution, stride 1, zero padding k // 2.
-
-    k * k shifted multiply-adds that XLA fuses into one pass; the library's grouped convolution is
-    13 to 40 times slower on a CPU.  The backward pass keeps the arguments alone, no float32 copy of
-    x for each tap.
 
     Args:
       x: [b, h, w, c].
@@ -110,51 +178,10 @@ def depthwise_conv(x, kernel, bias=None):
     Raises:
       InputError: a kernel that is not square or of an even side, which has no centre.
     """
-    size, (_, h, w, _) = kernel.shape[0], x.shape
-    if size % 2 == 0 or kernel.shape[1] != size:
-        raise InputError(f"kernel: {kernel.shape}, must be [k, k, c] with an odd k")
-    x32, kernel = _padded(x, size), kernel.astype(jnp.float32)
-    taps = [x32[:, dy : dy + h, dx : dx + w] * kernel[dy, dx] for dy in range(size) for dx in range(size)]
-    out = sum(taps[1:], taps[0])
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
-
-
-def _padded(x, size):
-    edge = (size // 2, size // 2)
-    return jnp.pad(x, ((0, 0), edge, edge, (0, 0))).astype(jnp.float32)
-
-
-def taps_in_turn(padded, gradient, size):
-    """[size * size, c]: for each tap, the sum over b h w of the shifted x and the gradient, one after the
-    other: of all in one program XLA makes scalar code on a CPU, which takes twice as long."""
-    def tap(shift):
-        part = jax.lax.dynamic_slice(padded, (0, shift // size, shift % size, 0), gradient.shape)
-        return jnp.sum(part * gradient, axis=(0, 1, 2))
-
-    return jax.lax.map(tap, jnp.arange(size * size))
-
-
-def taps_at_once(padded, gradient, size):
-    """The same in one pass over memory."""
-    _, h, w, _ = gradient.shape
-    parts = (padded[:, dy : dy + h, dx : dx + w] for dy in range(size) for dx in range(size))
-    return jnp.stack([jnp.sum(part * gradient, axis=(0, 1, 2)) for part in parts])
-
-
-def _depthwise_backward(arguments, gradient):
-    x, kernel, bias = arguments
-    back = depthwise_conv(gradient, kernel[::-1, ::-1]).astype(x.dtype)
-    cpu, default = (functools.partial(taps, size=kernel.shape[0]) for taps in (taps_in_turn, taps_at_once))
-    wide = _padded(x, kernel.shape[0]), gradient.astype(jnp.float32)
-    down = jax.lax.platform_dependent(*wide, cpu=cpu, default=default).reshape(kernel.shape).astype(kernel.dtype)
-    if bias is not None:
-        bias = jnp.sum(gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(bias.dtype)
-    return back, down, bias
-
-
-depthwise_conv.defvjp(lambda *arguments: (depthwise_conv(*arguments), arguments), _depthwise_backward)
+    try:
+        return depthwise.depthwise_conv(x, kernel, bias)
+    except KernelError as error:
+        raise InputError(str(error)) from error
 
 
 def cross_attention(q, kv, bias):

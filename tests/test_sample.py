@@ -98,7 +98,7 @@ def test_every_picture_holds_its_recipe(happy, model):
         "guidance_interval": [0, 1], "flow_shift": 3.0, "pag_scale": 0, "pag_layers": None, "pag_adaptive_scale": 0,
         "init_image": None, "init_image_sha256": None, "strength": None, "model_sha256": sha256,
         "chi_sha256": hashlib.sha256(instruction.text.encode()).hexdigest(), "stack": "diffusers", "dtype": "float32",
-        "device": "cpu", "loading": loading | {"dtype": "auto", "stack": "auto", "chi": "auto"},
+        "device": "cpu", "loading": loading | {"dtype": "auto", "stack": "auto", "kernels": "auto", "chi": "auto"},
         "batch": {"position": 0, "prompts": [PROMPT], "negative_prompts": ["blur"], "indices": [1]},
     }  # fmt: skip
 

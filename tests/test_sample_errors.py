@@ -54,6 +54,7 @@ WRONG = [
     ("cat --model . --vis_sampler sa_solver", "sampler='sa-solver': must be one of 'flow-dpm-solver', 'flow-eu"),
     ("cat --model . --dtype bf61", "dtype='bf61': must be one of auto, float32, fp32, bfloat16, bf16, fl"),
     ("cat --model . --weights-dtype int8", "dtype='int8': not available yet; must be one of auto, fp32, bf16, fp16"),
+    ("cat --model . --kernels palas", "kernels='palas': must be one of 'auto', 'reference', 'xla', 'pallas', 'pallas_inter"),
     ("cat --model . --stack nvlab", "stack='nvlab': must be one of 'auto', 'diffusers', 'nvlabs'; did you me"),
     ("cat --model . --progress step", "progress='step': must be one of 'auto', 'images', 'steps', 'none'; did you"),
     ("cat --model . --guidance-interval 0.5 0.2", "guidance_interval[1]=0.2: must be a number in [0.5, 1]"),

@@ -5,11 +5,12 @@
 with q and k after ReLU, and before it, where a norm is given (SANA-1.5), after an RMS normalisation
 over all heads and channels of a token.  Backward, from the gradient g of out:
 
-    dw_n = -(g_n . out_n) / w_n         dq_n = g_n S^T / w_n + dw_n z
-    dS   = sum_n q_n^T g_n / w_n        dk_n = v_n dS^T + dz
-    dz   = sum_n dw_n q_n               dv_n = k_n dS
+    r_n  = g_n S^T / w_n                dq_n = r_n + dw_n z
+    dw_n = -(q_n . r_n) / w_n           dk_n = v_n dS^T + dz
+    dS   = sum_n q_n^T g_n / w_n        dv_n = k_n dS
+    dz   = sum_n dw_n q_n
 
-What is kept for it is qkv, S and z: out is computed again from them, in registers.
+What is kept for it is qkv, S and z: out is not needed, since g_n . out_n = q_n . r_n.
 Shapes: b images, n tokens, k heads, c channels of a head.
 """
 
@@ -20,19 +21,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import KernelError, listed, require
+from pallas_kernels.dispatch import Cut, KernelError, listed, require
 from pallas_kernels.linear_attention import pallas_triton, reference, xla
 
 OP = "linear_attention"
 FOLDER = pathlib.Path(__file__).parent
 DTYPES = ("bfloat16", "float32")
-# Channels of a head: tensor cores have no product of fewer than 16, and a state of 64 x 64 in dq takes
-# more registers than an A100 has for a thread.
-HEADS = (16, 32)
+# Channels of a head: tensor cores have no product of fewer than 16, and of 128 `dkv` needs more registers
+# than a thread has, in every tile of 16 or 32 tokens and 8 or 16 warps (from 36 bytes spilled on an A100).
+HEADS = (16, 32, 64)
 MAX_GRID = 65535  # CUDA's second and third axis
 
 
-def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="auto"):
+def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="auto", partition=None):
     """ReLU linear attention.
 
     Args:
@@ -42,6 +43,7 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
       norm_scale: None, or the scales of the RMS normalisation of queries and keys, [2, k, c].
       norm_eps: of that normalisation.
       implementation: "auto", or one of dispatch.IMPLEMENTATIONS, which works or raises.
+      partition: None, or how a kernel is cut over devices, see dispatch.Cut.
     Returns:
       [b, n, k, c] in the dtype of qkv.  All sums run in float32, in an order that does not change.
     Raises:
@@ -59,7 +61,7 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
         require(shape == (2, k, c), OP, "norm_scale.shape", shape, f"[2, k, c], here {(2, k, c)}")
         norm = reciprocal_rms(qkv, norm_eps), norm_scale.astype(dispatch.wide(qkv.dtype))
     name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, dict(b=b, n=n, k=k, c=c), obstacle(qkv))
-    return _linear_attention(qkv, norm, float(eps), name)
+    return _linear_attention(qkv, norm, float(eps), name, partition)
 
 
 def obstacle(qkv):
@@ -84,32 +86,42 @@ def reciprocal_rms(qkv, eps):
     return jnp.stack([jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3)) + eps) for x in (q, k)])
 
 
-def _passes(name, qkv):
-    """(forward, backward) of an implementation."""
+def _cuts(normed):
+    """Of forward and backward.  Sums over tokens end inside a pass, so tokens stay together."""
+    norm, state = ", r b n, r k c" * normed, ", b k c e, b k c"
+    return (
+        Cut(f"b n k m{norm} -> b n k c{state}", "b k"),
+        Cut(f"b n k m{norm}{state}, b n k c -> b n k m{norm}", "b k"),
+    )
+
+
+def _passes(name, qkv, norm, eps, partition):
+    """(forward, backward) of an implementation, functions of arrays alone."""
     if name in ("reference", "xla"):
         module = {"reference": reference, "xla": xla}[name]
-        return module.forward, module.backward
-    options = {"tiles": dispatch.tiles(FOLDER, qkv.dtype, qkv.shape[-1] // 3)}
+        return functools.partial(module.forward, eps=eps), functools.partial(module.backward, eps=eps)
+    options = {"eps": eps, "tiles": dispatch.tiles(FOLDER, qkv.dtype, qkv.shape[-1] // 3)}
     if name == "jax_triton":
         from pallas_kernels.linear_attention import jax_triton as module
     else:
         module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    return functools.partial(module.forward, **options), functools.partial(module.backward, **options)
+    passes = functools.partial(module.forward, **options), functools.partial(module.backward, **options)
+    return dispatch.cut_up(passes, _cuts(norm is not None), partition)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear_attention(qkv, norm, eps, name):
-    return _passes(name, qkv)[0](qkv, norm, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _linear_attention(qkv, norm, *how):
+    return _forward(qkv, norm, *how)[0]
 
 
-def _forward(qkv, norm, eps, name):
-    out, state = _passes(name, qkv)[0](qkv, norm, eps)
+def _forward(qkv, norm, eps, name, partition):
+    out, state = _passes(name, qkv, norm, eps, partition)[0](qkv, norm)
     return out, (qkv, norm, state)
 
 
-def _backward(eps, name, kept, gradient):
+def _backward(eps, name, partition, kept, gradient):
     qkv, norm, state = kept
-    return _passes(name, qkv)[1](qkv, norm, state, gradient, eps)
+    return _passes(name, qkv, norm, eps, partition)[1](qkv, norm, state, gradient)
 
 
 _linear_attention.defvjp(_forward, _backward)

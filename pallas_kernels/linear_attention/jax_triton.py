@@ -118,13 +118,12 @@ def _dq_kernel(
         raw, g = tl.load(q_at, mask=mask, other=0.0), tl.load(g_at, mask=mask, other=0.0)
         before = _before_relu(raw, rstd + i * N, s, at, at < N, NORMED)
         q = _relu(before)
-        q32, g32 = q.to(tl.float32), g.to(tl.float32)
+        q32 = q.to(tl.float32)
         SPLIT: tl.constexpr = g.dtype != tl.float32
         weight = (tl.sum(q32 * z[None, :], axis=1) + EPS)[:, None]
-        out = _dot(q, S, NORMED and SPLIT, SPLIT, g.dtype) / weight
-        down = -tl.sum(g32 * out, axis=1)[:, None] / weight
-        d = _dot(g, tl.trans(S), False, SPLIT, g.dtype) / weight + down * z[None, :]
-        d = tl.where(before <= 0, 0.0, d)
+        d = _dot(g, tl.trans(S), False, SPLIT, g.dtype) / weight
+        down = -tl.sum(q32 * d, axis=1)[:, None] / weight
+        d = tl.where(before <= 0, 0.0, d + down * z[None, :])
         if NORMED:
             r = tl.load(rstd + i * N + at, mask=at < N, other=0.0)
             along = d * raw.to(tl.float32)
@@ -133,7 +132,7 @@ def _dq_kernel(
             d = d * r[:, None] * s[None, :]
         d_at, _ = _at(dqkv + image * 3 * C + h * 3 * C, at, at < N, K * 3 * C, C)
         tl.store(d_at, d.to(g.dtype), mask=mask)
-        dS += _dot(tl.trans(q), g32 / weight, NORMED and SPLIT, SPLIT, g.dtype)
+        dS += _dot(tl.trans(q), g.to(tl.float32) / weight, NORMED and SPLIT, SPLIT, g.dtype)
         dz += tl.sum(q32 * down, axis=0)
     part = (i * K + h) * PARTS + run
     tl.store(dstate + part * C * C + c[:, None] * C + c[None, :], dS)

@@ -131,9 +131,9 @@ def _dq_kernel(q_ref, g_ref, *refs, n, rows, tiles, eps, normed):
         query, g = Feature(tile, q_ref, norm), tile.load(g_ref)
         q = query.after.astype(F32)
         weight = (jnp.sum(q * total[None], axis=1) + eps)[:, None]
-        out = dot(query.after, state, (1, 0), g.dtype) / weight
-        down = -jnp.sum(g.astype(F32) * out, axis=1)[:, None] / weight
-        dq, drstd, more = query.pull(dot(g, state, (1, 1), g.dtype) / weight + down * total[None])
+        dq = dot(g, state, (1, 1), g.dtype) / weight
+        down = -jnp.sum(q * dq, axis=1)[:, None] / weight
+        dq, drstd, more = query.pull(dq + down * total[None])
         tile.store(dq_ref, dq, pl.ds(0, c))
         if normed:
             tile.store_tokens(dnorm[0], drstd)

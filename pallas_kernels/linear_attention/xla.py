@@ -2,7 +2,8 @@
 
 Factors keep their dtype: a bfloat16 q is exact in bfloat16, and the float32 state is two bfloat16
 numbers, so tensor cores give what a float32 product would, without a float32 copy of q.
-Formulas of the gradients: `__init__.py`.
+Heads come before tokens, [b k n c], from the start: XLA's products want them so, and would turn each
+factor by itself.  Formulas of the gradients: `__init__.py`.
 """
 
 import jax
@@ -35,49 +36,58 @@ def product(equation, a, b, dtype):
     return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
+def turned(x):
+    """Between [b n k c] and [b k n c]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def widened(norm):
+    """rstd [2 b 1 n 1] and scale [2 k 1 c], as they meet [b k n c]."""
+    rstd, scale = norm
+    return rstd[:, :, None, :, None], scale[:, :, None]
+
+
 def features(qkv, norm):
-    """The queries and keys before ReLU and after, float32 where there is a norm, and the values:
-    [b n k c] each."""
-    q, k, v = jnp.split(qkv, 3, axis=-1)
+    """Queries and keys before ReLU and after, float32 where there is a norm, and values: [b k n c] each."""
+    q, k, v = jnp.split(turned(qkv), 3, axis=-1)
     if norm is not None:
-        rstd, scale = norm
-        q, k = (x.astype(jnp.float32) * rstd[i][:, :, None, None] * scale[i] for i, x in enumerate((q, k)))
+        rstd, scale = widened(norm)
+        q, k = (x.astype(jnp.float32) * rstd[i] * scale[i] for i, x in enumerate((q, k)))
     return (q, k), [jnp.where(x <= 0, 0, x) for x in (q, k)], v
 
 
 def weights(q, total, eps):
-    """The denominators, [b n k 1] float32."""
-    return jnp.sum(q.astype(jnp.float32) * total[:, None], axis=-1, keepdims=True) + eps
+    """The denominators, [b k n 1] float32."""
+    return jnp.sum(q.astype(jnp.float32) * total[:, :, None], axis=-1, keepdims=True) + eps
 
 
 def forward(qkv, norm, eps):
     _, (q, k), v = features(qkv, norm)
-    state = product("bnkc,bnke->bkce", k, v, qkv.dtype)
-    total = jnp.sum(k, axis=1, dtype=jnp.float32)
-    out = product("bnkc,bkce->bnke", q, state, qkv.dtype) / weights(q, total, eps)
-    return out.astype(qkv.dtype), (state, total)
+    state = product("bknc,bkne->bkce", k, v, qkv.dtype)
+    total = jnp.sum(k, axis=2, dtype=jnp.float32)
+    out = product("bknc,bkce->bkne", q, state, qkv.dtype) / weights(q, total, eps)
+    return turned(out.astype(qkv.dtype)), (state, total)
 
 
 def backward(qkv, norm, residual, gradient, eps):
     state, total = residual
     before, (q, k), v = features(qkv, norm)
-    weight = weights(q, total, eps)
-    out = product("bnkc,bkce->bnke", q, state, qkv.dtype) / weight
-    down = -jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True) / weight
-    dq = product("bnke,bkce->bnkc", gradient, state, qkv.dtype) / weight + down * total[:, None]
-    dstate = product("bnkc,bnke->bkce", q, gradient.astype(jnp.float32) / weight, qkv.dtype)
-    dtotal = jnp.sum(q.astype(jnp.float32) * down, axis=1)
-    dk = product("bnke,bkce->bnkc", v, dstate, qkv.dtype) + dtotal[:, None]
-    dv = product("bnkc,bkce->bnke", k, dstate, qkv.dtype)
+    gradient, weight = turned(gradient), weights(q, total, eps)
+    dq = product("bkne,bkce->bknc", gradient, state, qkv.dtype) / weight
+    down = -jnp.sum(q.astype(jnp.float32) * dq, axis=-1, keepdims=True) / weight
+    dq = dq + down * total[:, :, None]
+    dstate = product("bknc,bkne->bkce", q, gradient.astype(jnp.float32) / weight, qkv.dtype)
+    dtotal = jnp.sum(q.astype(jnp.float32) * down, axis=2)
+    dk = product("bkne,bkce->bknc", v, dstate, qkv.dtype) + dtotal[:, :, None]
+    dv = product("bknc,bkce->bkne", k, dstate, qkv.dtype)
     dq, dk = (jnp.where(x <= 0, 0, dx) for x, dx in zip(before, (dq, dk)))
     dnorm = None
     if norm is not None:
-        rstd, scale = norm
-        raw = [x.astype(jnp.float32) for x in jnp.split(qkv, 3, axis=-1)[:2]]
-        by_token = [rstd[i][:, :, None, None] for i in range(2)]
-        dscale = jnp.stack([jnp.sum(dx * x * r, axis=(0, 1)) for dx, x, r in zip((dq, dk), raw, by_token)])
+        rstd, scale = widened(norm)
+        raw = [x.astype(jnp.float32) for x in jnp.split(turned(qkv), 3, axis=-1)[:2]]
+        dscale = jnp.stack([jnp.sum(dx * x * r, axis=(0, 2)) for dx, x, r in zip((dq, dk), raw, rstd)])
         dq, dk = dq * scale[0], dk * scale[1]
-        drstd = jnp.stack([jnp.sum(dx * x, axis=(2, 3)) for dx, x in zip((dq, dk), raw)])
-        dq, dk = dq * by_token[0], dk * by_token[1]
+        drstd = jnp.stack([jnp.sum(dx * x, axis=(1, 3)) for dx, x in zip((dq, dk), raw)])
+        dq, dk = dq * rstd[0], dk * rstd[1]
         dnorm = drstd, dscale
-    return jnp.concatenate([dx.astype(qkv.dtype) for dx in (dq, dk, dv)], axis=-1), dnorm
+    return turned(jnp.concatenate([dx.astype(qkv.dtype) for dx in (dq, dk, dv)], axis=-1)), dnorm

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import KernelError, listed, require
+from pallas_kernels.dispatch import Cut, KernelError, listed, require
 from pallas_kernels.mix_ffn import pallas_triton, reference, xla
 
 OP = "mix_ffn"
@@ -31,7 +31,7 @@ WIDTH = "any"  # one row of tiles for all numbers of channels
 MAX_GRID = 65535  # CUDA's second and third axis
 
 
-def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto"):
+def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto", partition=None):
     """The middle of Mix-FFN.
 
     Args:
@@ -40,6 +40,7 @@ def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto"):
       bias: [2 * c], likewise.
       first_silu: whether the SiLU before the convolution is part of it.
       implementation: "auto", or one of dispatch.IMPLEMENTATIONS, which works or raises.
+      partition: None, or how a kernel is cut over devices, see dispatch.Cut.
     Returns:
       [b, h, w, c] in the dtype of y, rounded once.  All sums run in float32, in an order that does
       not change.
@@ -57,7 +58,7 @@ def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto"):
     sizes = dict(b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
     name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, obstacle(y))
     kernel, bias = (a.astype(dispatch.wide(y.dtype)) for a in (kernel, bias))
-    return _mix_ffn(y, kernel, bias, bool(first_silu), name)
+    return _mix_ffn(y, kernel, bias, bool(first_silu), name, partition)
 
 
 def obstacle(y):
@@ -75,30 +76,38 @@ def obstacle(y):
         return error
 
 
-def _passes(name, y):
-    """(forward, backward) of an implementation."""
+# Of forward and backward.  Channels stay together: a cut of them would part values from their gates.
+CUTS = (
+    Cut("b h w m, y x m, m -> b h w c", "b"),
+    Cut("b h w m, y x m, m, b h w c -> b h w m, y x m, m", "b"),
+)
+
+
+def _passes(name, y, first_silu, partition):
+    """(forward, backward) of an implementation, functions of arrays alone."""
     if name in ("reference", "xla"):
         module = {"reference": reference, "xla": xla}[name]
-        return module.forward, module.backward
-    options = {"tiles": dispatch.tiles(FOLDER, y.dtype, WIDTH)}
+        return tuple(functools.partial(fn, first_silu=first_silu) for fn in (module.forward, module.backward))
+    options = {"first_silu": first_silu, "tiles": dispatch.tiles(FOLDER, y.dtype, WIDTH)}
     if name == "jax_triton":
         from pallas_kernels.mix_ffn import jax_triton as module
     else:
         module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    return functools.partial(module.forward, **options), functools.partial(module.backward, **options)
+    passes = functools.partial(module.forward, **options), functools.partial(module.backward, **options)
+    return dispatch.cut_up(passes, CUTS, partition)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _mix_ffn(y, kernel, bias, first_silu, name):
-    return _passes(name, y)[0](y, kernel, bias, first_silu)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _mix_ffn(y, kernel, bias, first_silu, name, partition):
+    return _passes(name, y, first_silu, partition)[0](y, kernel, bias)
 
 
-def _forward(y, kernel, bias, first_silu, name):
-    return _mix_ffn(y, kernel, bias, first_silu, name), (y, kernel, bias)
+def _forward(y, kernel, bias, *how):
+    return _mix_ffn(y, kernel, bias, *how), (y, kernel, bias)
 
 
-def _backward(first_silu, name, kept, gradient):
-    return _passes(name, kept[0])[1](*kept, gradient, first_silu)
+def _backward(first_silu, name, partition, kept, gradient):
+    return _passes(name, kept[0], first_silu, partition)[1](*kept, gradient)
 
 
 _mix_ffn.defvjp(_forward, _backward)

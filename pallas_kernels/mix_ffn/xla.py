@@ -10,25 +10,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-TAPS = [(dy, dx) for dy in range(3) for dx in range(3)]
+from pallas_kernels.depthwise import convolve, kernel_gradient, kernel_gradient_by_row, turned, widen
 
 
 def activate(y, first_silu):
-    y = y.astype(jnp.float32)
-    return jax.nn.silu(y) if first_silu else y
+    return jax.nn.silu(widen(y)) if first_silu else widen(y)
 
 
-def shifts(y, first_silu=False, early=False):
-    """For each tap, [b h w c] float32: what it sees from each pixel, zero outside."""
-    _, h, w, _ = y.shape
-    y = activate(y, first_silu) if early else y
-    padded = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    parts = [padded[:, dy : dy + h, dx : dx + w] for dy, dx in TAPS]
-    return parts if early else [activate(part, first_silu) for part in parts]  # of zero: zero
-
-
-def weighted(parts, kernel):
-    return sum(x * kernel[tap] for x, tap in zip(parts, TAPS))
+def split(x, each, kernel, bias):
+    """Value and gate, float32."""
+    return jnp.split(convolve(x, kernel, each) + bias, 2, axis=-1)
 
 
 def slope(x):
@@ -38,21 +29,23 @@ def slope(x):
 
 
 def _forward(y, kernel, bias, *, first_silu, early):
-    value, gate = jnp.split(weighted(shifts(y, first_silu, early), kernel) + bias, 2, axis=-1)
+    each = functools.partial(activate, first_silu=first_silu)
+    value, gate = split(each(y), widen, kernel, bias) if early else split(y, each, kernel, bias)
     return (value * jax.nn.silu(gate)).astype(y.dtype)
 
 
 def _backward(y, kernel, bias, gradient, *, first_silu, early):
-    gradient = gradient.astype(jnp.float32)
-    value, gate = jnp.split(weighted(shifts(y, first_silu, early), kernel) + bias, 2, axis=-1)
+    each = functools.partial(activate, first_silu=first_silu)
+    gradient = widen(gradient)
+    value, gate = split(each(y), widen, kernel, bias) if early else split(y, each, kernel, bias)
     # Rounded to y's dtype, like a gradient that leaves an operation: half the memory between the passes.
     down = jnp.concatenate([gradient * jax.nn.silu(gate), gradient * value * slope(gate)], axis=-1).astype(y.dtype)
-    y, down = jax.lax.optimization_barrier((y, down))  # or XLA would keep the nine shifts of y until below
-    dx = weighted(shifts(down), kernel[::-1, ::-1])
-    dy = dx * slope(y.astype(jnp.float32)) if first_silu else dx
-    down = down.astype(jnp.float32)
-    dkernel = jnp.stack([jnp.sum(part * down, axis=(0, 1, 2)) for part in shifts(y, first_silu, early)])
-    return dy.astype(y.dtype), dkernel.reshape(kernel.shape), jnp.sum(down, axis=(0, 1, 2))
+    if not early:
+        y, down = jax.lax.optimization_barrier((y, down))  # or XLA would keep the nine shifts of y until below
+    dx = convolve(down, turned(kernel))
+    dy = dx * slope(widen(y)) if first_silu else dx
+    dkernel = kernel_gradient_by_row(each(y), down, 3) if early else kernel_gradient(y, down, 3, each)
+    return dy.astype(y.dtype), dkernel, jnp.sum(widen(down), axis=(0, 1, 2))
 
 
 def _by_platform(fn, *args, first_silu):

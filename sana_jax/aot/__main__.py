@@ -40,6 +40,7 @@ def arguments(argv):
     parser.add_argument("--size", type=int, default=1024, help="of the sampler's pictures, in pixels")
     parser.add_argument("--batch", type=int, default=1, help="pictures that the sampler paints at once")
     parser.add_argument("--steps", type=int, help="of the sampler")
+    parser.add_argument("--kernels", default="auto", help="of the sampler: auto, xla, pallas or jax_triton")
     parser.add_argument("--registers", action="store_true", help="registers and spills of every kernel (slower)")
     parser.add_argument("--output", help="a JSON file for what is printed")
     args, unknown = parser.parse_known_args(argv)
@@ -71,7 +72,9 @@ def todo(args):
     if args.sampler:
         mesh = aot.mesh_of(args.target, **layout.mesh_sizes(asked(args.mesh, sizes), args.devices))
         title = f"{args.sampler}, {args.size} px, {args.batch} at once"
-        yield title, mesh, lambda: programs.sampler(args.sampler, mesh, args.size, args.batch, args.steps)
+        yield title, mesh, lambda: programs.sampler(
+            args.sampler, mesh, args.size, args.batch, args.steps, kernels=args.kernels
+        )
         return
     config = experiment.load(args.config, args.overrides)
     known = experiment.read_file(args.config).stages, config.stages  # an override may leave one stage alone

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sana_jax import flops, precision, programs, requests
+from sana_jax import flops, ops, precision, programs, requests
 from sana_jax.data import buckets
 from sana_jax.data.cached import Cached
 from sana_jax.errors import InputError, require_choice
@@ -142,7 +142,7 @@ def shapes_of(config):
     return sorted(found, key=lambda shape: abs(shape[0] / shape[1] - 1))
 
 
-def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300):
+def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300, kernels="auto"):
     """The `Program` from text states to finished pixels, decoder included; text encoding is another one.
 
     Args:
@@ -151,10 +151,12 @@ def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300):
       size: pixels of a side.
       steps: None is the model's own number.
       tokens: of the captions.
+      kernels: of both networks, see `ops`.
     Raises InputError: no such model, or a size that it cannot paint.
     """
     module = SAMPLERS[require_choice("sampler", name, tuple(SAMPLERS))]
     dtype = precision.published(SHORT_NAMES[name].rpartition("/")[2])
+    require_choice("kernels", kernels, ops.KERNELS)
     module = module.clone(dtype=dtype, param_dtype=dtype, **DIFFUSERS.sana_fields(module.guidance_embed))
     dc_ae = DC_AE_F32C32_SANA.clone(**BF16)
     if size % dc_ae.compression:
@@ -180,12 +182,14 @@ def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300):
         shapes = initialise.abstract(one)
         params[part] = layout.with_shardings(shapes, layout.param_shardings(shapes, one, mesh))
 
-    def paint(params, conditions, latents, fresh):
+    def paint(kernels, params, conditions, latents, fresh):
+        sana, decoder = (one.clone(kernels=kernels) for one in (module, dc_ae))
         return programs.paint_program(
             params, conditions, latents, *plan.traced, fresh, None,
-            sana=module, dc_ae=dc_ae, size=(size, size), output="uint8", **plan.static,
+            sana=sana, dc_ae=decoder, size=(size, size), output="uint8", **plan.static,
         )  # fmt: skip
 
     conditions = text + (text if plan.static["guided"] else (None, None))
     avals = params, conditions, rows(latents, jnp.float32), fresh
-    return Program(jax.jit(paint), avals, flops.of(paint, *avals))
+    fn, counted = (functools.partial(paint, name) for name in (kernels, "xla"))  # a kernel hides its loops
+    return Program(jax.jit(fn), avals, flops.of(counted, *avals))

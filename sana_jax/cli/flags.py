@@ -10,7 +10,7 @@ import re
 import secrets
 from typing import NamedTuple
 
-from sana_jax import bundled, images, precision
+from sana_jax import bundled, images, ops, precision
 from sana_jax.cli import records
 from sana_jax.errors import InputError, nearest, require_choice, require_range
 
@@ -160,6 +160,8 @@ def make_parser(description, groups=SETTINGS):
     add(model, "text", metavar="PATH", help="another text encoder with its tokenizer; the same")
     add(model, "dtype", "weights-dtype", metavar="NAME", help="auto (default), fp32, bf16 or fp16")
     add(model, "stack", metavar="NAME", help="auto (default), diffusers or nvlabs: whose pictures to match")
+    add(model, "kernels", metavar="NAME",
+        help="auto (default), xla, pallas or jax_triton: how attention, Mix-FFN and norms run on a GPU")
     add(model, "chi", metavar="FILE", help="instruction that goes before the prompt; 'none' for none")
 
     run = parser.add_argument_group("run")
@@ -258,6 +260,7 @@ def check_words(args):
     if args.dtype not in (None, "auto"):
         precision.parse(args.dtype)
     require_choice("stack", args.stack or "auto", ("auto", "diffusers", "nvlabs"))
+    require_choice("kernels", args.kernels or "auto", ops.KERNELS)
     require_choice("progress", args.progress or "auto", PROGRESS)
     require_range("num_images", 1 if args.num_images is None else args.num_images, 1, 4096)
     require_range("batch_size", 1 if args.batch_size is None else args.batch_size, 1, records.LARGEST_BATCH)

@@ -46,6 +46,7 @@ LOADING = {  # arguments of `load_pipeline`, and the instruction, as they were g
     "text": None,
     "dtype": "auto",
     "stack": "auto",
+    "kernels": "auto",
     "chi": "auto",
 }
 MODEL = ("stack", "dtype", "model_sha256", "chi_sha256")  # two pictures of one run agree in these

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sana_jax import ops
-from sana_jax.errors import InputError
+from sana_jax.errors import InputError, require_choice
 from sana_jax.models.dc_ae_blocks import Conv3x3, Down, EfficientViTBlock, ResBlock, Up, average, duplicate
 from sana_jax.models.layers import RMSNorm
 
@@ -34,13 +34,13 @@ class Stage(nn.Module):
         return x
 
 
-def named_blocks(depth, attention, head_dim, types, relu=False, batch_norm=False):
+def named_blocks(depth, attention, head_dim, types, kernels, relu=False, batch_norm=False):
     """Parts of a Stage: ResBlocks if `attention` is None, else EfficientViTBlocks with it."""
     if attention is None:
         act = ops.relu if relu else nn.silu
-        block = functools.partial(ResBlock, act=act, batch_norm=batch_norm, **types)
+        block = functools.partial(ResBlock, act=act, batch_norm=batch_norm, kernels=kernels, **types)
     else:
-        block = functools.partial(EfficientViTBlock, scales=attention, head_dim=head_dim, **types)
+        block = functools.partial(EfficientViTBlock, scales=attention, head_dim=head_dim, kernels=kernels, **types)
     return tuple((f"block_{i}", block) for i in range(depth))
 
 
@@ -53,6 +53,7 @@ class Encoder(nn.Module):
     attention: tuple
     head_dim: int
     rearrange: bool
+    kernels: str
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
         else:
             x = Conv3x3(self.widths[0], name="conv_in", **types)(x)
         for i in range(first, len(self.widths)):
-            parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types)
+            parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types, kernels=self.kernels)
             if i + 1 < len(self.widths):
                 parts = (*parts, ("down", functools.partial(down, self.widths[i + 1])))
             x = Stage(parts, name=f"stage_{i}")(x)
@@ -87,6 +88,7 @@ class Decoder(nn.Module):
     relu: tuple
     batch_norm: tuple
     silu_out: bool
+    kernels: str
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
@@ -97,7 +99,7 @@ class Decoder(nn.Module):
         first = 0 if self.depths[0] else 1
         x = Conv3x3(self.widths[-1], name="conv_in", **types)(z) + duplicate(z, self.widths[-1])
         for i in reversed(range(first, len(self.widths))):
-            kinds = dict(relu=i in self.relu, batch_norm=i in self.batch_norm)
+            kinds = dict(relu=i in self.relu, batch_norm=i in self.batch_norm, kernels=self.kernels)
             parts = named_blocks(self.depths[i], self.attention[i], self.head_dim, types, **kinds)
             if i + 1 < len(self.widths):
                 parts = (("up", functools.partial(up, self.widths[i])), *parts)
@@ -122,6 +124,7 @@ class DCAE(nn.Module):
     decoder_relu, decoder_batch_norm: numbers of the decoder's stages whose ResBlocks have ReLU
       instead of SiLU, and BatchNorm instead of RMSNorm.
     silu_out: SiLU instead of ReLU before the last convolution.
+    kernels: how the operations of ops.py run.
     """
 
     latent_channels: int = 32
@@ -138,6 +141,7 @@ class DCAE(nn.Module):
     decoder_batch_norm: tuple = ()
     silu_out: bool = False
     scaling_factor: float = 0.41407
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -147,6 +151,7 @@ class DCAE(nn.Module):
         return 2 ** (len(self.widths) - 1)
 
     def _check(self):
+        require_choice("kernels", self.kernels, ops.KERNELS)
         stages, widths = len(self.widths), self.widths
         for field in ("encoder_depths", "decoder_depths", "encoder_attention", "decoder_attention"):
             if len(value := getattr(self, field)) != stages:
@@ -170,7 +175,11 @@ class DCAE(nn.Module):
     def setup(self):
         self._check()
         shared = dict(
-            widths=self.widths, head_dim=self.head_dim, dtype=self.dtype, param_dtype=self.param_dtype
+            widths=self.widths,
+            head_dim=self.head_dim,
+            kernels=self.kernels,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )
         self.encoder = Encoder(
             latent_channels=self.latent_channels,

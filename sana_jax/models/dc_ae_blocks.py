@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from sana_jax import ops
-from sana_jax.models.layers import DepthwiseConv, GLUMBConv, RMSNorm
+from sana_jax.models.layers import Depthwise, GLUMBConv, RMSNorm
+
+ATTENTION_EPS = 1e-15
 
 # Padding is explicit because XLA's "SAME" pads (0, 1) at stride 2.
 Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
@@ -108,6 +110,7 @@ class ResBlock(nn.Module):
 
     act: Callable = nn.silu
     batch_norm: bool = False
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -117,8 +120,9 @@ class ResBlock(nn.Module):
         d = x.shape[-1]
         y = self.act(Conv3x3(d, name="conv_1", **types)(x))
         y = Conv3x3(d, use_bias=False, name="conv_2", **types)(y)
-        norm = BatchNorm if self.batch_norm else functools.partial(RMSNorm, use_bias=True)
-        return x + norm(param_dtype=self.param_dtype, name="norm")(y)
+        if self.batch_norm:
+            return x + BatchNorm(param_dtype=self.param_dtype, name="norm")(y)
+        return RMSNorm(use_bias=True, kernels=self.kernels, param_dtype=self.param_dtype, name="norm")(y, x)
 
 
 class GroupedDense(nn.Module):
@@ -149,6 +153,7 @@ class MultiScaleAttention(nn.Module):
 
     scales: tuple = (5,)
     head_dim: int = 32
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -157,16 +162,19 @@ class MultiScaleAttention(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         b, h, w, d = x.shape
         inner = d // self.head_dim * self.head_dim
-        conv = functools.partial(DepthwiseConv, use_bias=False, param_dtype=self.param_dtype)
+        depthwise = functools.partial(Depthwise, use_bias=False, param_dtype=self.param_dtype)
         qkv = [nn.Dense(3 * inner, use_bias=False, name="qkv", **types)(x)]
         for size in self.scales:
-            y = conv(size, name=f"scale_{size}")(qkv[0])
+            y = ops.depthwise_conv(qkv[0], *depthwise(size, name=f"scale_{size}")(3 * inner))
             qkv.append(GroupedDense(self.head_dim, name=f"scale_{size}_mix", **types)(y))
         qkv = jnp.concatenate(qkv, axis=-1)  # [b h w (1+s)*3d]
         qkv = qkv.reshape(b, h * w, -1, 3 * self.head_dim)  # [b n (1+s)*k 3*c]
         # The peers switch here too: it decides where bfloat16 rounds.
-        attend = ops.relu_linear_attention if h * w > self.head_dim else relu_quadratic_attention
-        out = attend(qkv, 1e-15).reshape(b, h, w, -1)  # [b h w (1+s)*d]
+        if h * w > self.head_dim:
+            out = ops.relu_linear_attention(qkv, ATTENTION_EPS, kernels=self.kernels)
+        else:
+            out = relu_quadratic_attention(qkv, ATTENTION_EPS)
+        out = out.reshape(b, h, w, -1)  # [b h w (1+s)*d]
         return nn.Dense(d, use_bias=False, name="project", **types)(out)
 
 
@@ -175,17 +183,18 @@ class EfficientViTBlock(nn.Module):
 
     scales: tuple = (5,)
     head_dim: int = 32
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(RMSNorm, use_bias=True, param_dtype=self.param_dtype)
+        types = dict(kernels=self.kernels, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(RMSNorm, use_bias=True, kernels=self.kernels, param_dtype=self.param_dtype)
         y = MultiScaleAttention(self.scales, self.head_dim, name="attention", **types)(x)
-        x = x + norm(name="attention_norm")(y)
+        x = norm(name="attention_norm")(y, x)
         y = GLUMBConv(4 * x.shape[-1], name="mix_ffn", **types)(x)
-        return x + norm(name="mix_ffn_norm")(y)
+        return norm(name="mix_ffn_norm")(y, x)
 
 
 # --- Layers that change the resolution.  `rearrange`: see the top.

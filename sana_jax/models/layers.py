@@ -25,13 +25,6 @@ def by_rows(x):
     return nn.with_logical_constraint(x, ("rows",) + (None,) * (x.ndim - 1))
 
 
-def layer_norm(x, eps=1e-6):
-    """(x - mean) / sqrt(var + eps) over channels, no affine.  float32 in, out and between."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
 def rms_norm(x, scale, eps, axes=(-1,), bias=0.0):
     """x / sqrt(mean(x^2 over `axes`) + eps) * scale + bias: float32 inside, rounded once to x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -56,19 +49,25 @@ class Dense(nn.Dense):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation over the last axis, with weight and optionally bias (`trms2d` of DC-AE)."""
+    """RMS normalisation over the last axis, with weight and optionally bias (`trms2d` of DC-AE).
+
+    Where it ends a branch, `residual` [b h w d] is what the branch is added to; it has a bias then.
+    """
 
     eps: float = 1e-5
     use_bias: bool = False
     scale_init: nn.initializers.Initializer = nn.initializers.ones
+    kernels: str = "auto"
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, residual=None):
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
         if not self.use_bias:
             return rms_norm(x, scale, self.eps)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        if residual is not None:
+            return ops.add_rms_norm(residual, x, scale, bias, self.eps, self.kernels)
         return rms_norm(x, scale, self.eps, bias=bias.astype(jnp.float32))
 
 
@@ -81,19 +80,18 @@ def torch_conv_init(fan_in):
     return init
 
 
-class DepthwiseConv(nn.Module):
-    """Depthwise k x k convolution on [b h w c]; its kernel is [k, k, c]."""
+class Depthwise(nn.Module):
+    """The kernel [k k c] of a depthwise convolution and its bias [c], or None, for c channels."""
 
     size: int = 3
     use_bias: bool = True
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        channels, init = x.shape[-1], torch_conv_init(self.size**2)
+    def __call__(self, channels):
+        init = torch_conv_init(self.size**2)
         kernel = self.param("kernel", init, (self.size, self.size, channels), self.param_dtype)
-        bias = self.param("bias", init, (channels,), self.param_dtype) if self.use_bias else None
-        return ops.depthwise_conv(x, kernel, bias)
+        return kernel, self.param("bias", init, (channels,), self.param_dtype) if self.use_bias else None
 
 
 class GLUMBConv(nn.Module):
@@ -104,6 +102,7 @@ class GLUMBConv(nn.Module):
     """
 
     hidden: int
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -120,7 +119,6 @@ class GLUMBConv(nn.Module):
             )
             for fan_in in (width, self.hidden)
         )
-        x = nn.silu(expand(2 * self.hidden, name="expand")(x))
-        x = DepthwiseConv(param_dtype=self.param_dtype, name="depthwise")(x)
-        value, gate = jnp.split(x, 2, axis=-1)
-        return project(width, use_bias=False, name="project")(value * nn.silu(gate))
+        x = expand(2 * self.hidden, name="expand")(x)
+        depthwise = Depthwise(param_dtype=self.param_dtype, name="depthwise")(2 * self.hidden)
+        return project(width, use_bias=False, name="project")(ops.mix_ffn(x, *depthwise, self.kernels))

@@ -20,7 +20,7 @@ from sana_jax import ops
 from sana_jax.errors import InputError, require_choice
 from sana_jax.models import embeddings
 from sana_jax.models.embeddings import CaptionEmbed, TimeEmbed, dense_of
-from sana_jax.models.layers import PRODUCT, GLUMBConv, by_rows, layer_norm, rms_norm
+from sana_jax.models.layers import PRODUCT, GLUMBConv, by_rows, rms_norm
 
 FLOAT16_MAX = 65504.0
 HIDDEN_TOKEN = -10000.0  # additive logit of a masked token; finite on purpose, see ops.cross_attention
@@ -29,20 +29,14 @@ NORM_EPS = 1e-5  # RMSNorm of query and key; in cross-attention NVlabs has anoth
 
 @struct.dataclass
 class Text:
-    """What the network knows of a caption: `kv` [l b m k 2c] of all layers and `bias` [b m]."""
+    """What the network knows of a caption: `kv` [l b m k 2c] of all layers and `bias` [b m].
+
+    With `caption`, [b m d] float32, `kv` are the parameters of what each block makes its own of.
+    """
 
     kv: jnp.ndarray
     bias: jnp.ndarray
-
-
-def modulate(x, shift, scale):
-    """adaLN: LayerNorm(x) (1 + scale) + shift, float32 until the one rounding to x's dtype."""
-    return by_rows((layer_norm(x) * (1 + scale) + shift).astype(x.dtype))
-
-
-def add_gated(x, gate, y):
-    """x + gate * y with one rounding; the gate is float32."""
-    return by_rows(add32(x, gate * y.astype(jnp.float32)).astype(x.dtype))
+    caption: jnp.ndarray | None = None
 
 
 def add32(a, b):
@@ -65,22 +59,24 @@ class KeyValue(nn.Module):
         kv = dense_of(self)(2 * d, name="kv")(text).reshape(b, m, self.heads, -1)
         if self.qk_norm:
             key, value = jnp.split(kv, 2, axis=-1)
-            key = HeadNorm(self.norm_eps, self.param_dtype, name="key_norm")(key)
+            key = head_norm(key, HeadScale(self.param_dtype, name="key_norm")(*key.shape[-2:]), self.norm_eps)
             kv = jnp.concatenate([key, value], axis=-1)
         return kv
 
 
-class HeadNorm(nn.Module):
-    """RMS normalisation of [... k c] over all heads and channels at once (SANA-1.5, Sprint)."""
+class HeadScale(nn.Module):
+    """The scale [k c] of a normalisation over all heads and channels at once (SANA-1.5, Sprint)."""
 
-    eps: float
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
-        k, c = x.shape[-2:]
-        scale = self.param("scale", nn.initializers.ones, (k * c,), self.param_dtype)
-        return rms_norm(x, scale.reshape(k, c), self.eps, axes=(-2, -1))
+    def __call__(self, k, c):
+        return self.param("scale", nn.initializers.ones, (k * c,), self.param_dtype).reshape(k, c)
+
+
+def head_norm(x, scale, eps):
+    """RMS normalisation of [... k c] over the last two axes."""
+    return rms_norm(x, scale, eps, axes=(-2, -1))
 
 
 class LinearAttention(nn.Module):
@@ -93,6 +89,7 @@ class LinearAttention(nn.Module):
     qk_norm: bool
     eps: float
     clamp: bool
+    kernels: str
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
@@ -101,12 +98,11 @@ class LinearAttention(nn.Module):
         b, h, w, d = x.shape
         dense = dense_of(self)
         qkv = dense(3 * d, use_bias=False, name="qkv")(x).reshape(b, h * w, self.heads, -1)
+        scale = None
         if self.qk_norm:
-            q, k, v = jnp.split(qkv, 3, axis=-1)
-            q = HeadNorm(NORM_EPS, self.param_dtype, name="query_norm")(q)
-            k = HeadNorm(NORM_EPS, self.param_dtype, name="key_norm")(k)
-            qkv = jnp.concatenate([q, k, v], axis=-1)
-        out = ops.relu_linear_attention(qkv, self.eps)
+            names, shape = ("query_norm", "key_norm"), (self.heads, d // self.heads)
+            scale = jnp.stack([HeadScale(self.param_dtype, name=name)(*shape) for name in names])
+        out = ops.relu_linear_attention(qkv, self.eps, scale, NORM_EPS, self.kernels)
         if perturbed is not None:
             value = jnp.split(qkv, 3, axis=-1)[2]
             out = jnp.where(perturbed[:, None, None, None], value, out)
@@ -131,7 +127,7 @@ class CrossAttention(nn.Module):
         dense = dense_of(self)
         q = dense(d, name="query")(x).reshape(b, h * w, self.heads, -1)
         if self.qk_norm:
-            q = HeadNorm(self.norm_eps, self.param_dtype, name="query_norm")(q)
+            q = head_norm(q, HeadScale(self.param_dtype, name="query_norm")(*q.shape[-2:]), self.norm_eps)
         out = ops.cross_attention(q, kv, bias)
         return dense(d, name="out")(out.reshape(b, h, w, d))
 
@@ -146,26 +142,32 @@ class SanaBlock(nn.Module):
     attention_eps: float
     cross_norm_eps: float
     clamp: bool
+    kernels: str
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, kv, rows, bias, perturbed=None):
+    def __call__(self, x, kv, rows, bias, perturbed=None, caption=None):
         d, types = x.shape[-1], (self.dtype, self.param_dtype)
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (6, d), self.param_dtype)
         rows = add32(table, rows)[:, :, None, None]  # [b 6 1 1 d]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(rows, 1, 0)
+        modulate = functools.partial(ops.modulate, kernels=self.kernels)
+        add_gated = functools.partial(ops.add_gated, kernels=self.kernels)
+        if caption is not None:
+            own = KeyValue(self.cross_heads, self.qk_norm, self.cross_norm_eps, *types, parent=None)
+            kv = own.apply({"params": kv}, caption.astype(self.dtype))
 
         attention = LinearAttention(
-            self.heads, self.qk_norm, self.attention_eps, self.clamp, *types, name="self_attn"
+            self.heads, self.qk_norm, self.attention_eps, self.clamp, self.kernels, *types, name="self_attn"
         )
-        x = add_gated(x, gate_a, attention(modulate(x, shift_a, scale_a), perturbed))
+        x = by_rows(add_gated(x, gate_a, attention(by_rows(modulate(x, shift_a, scale_a)), perturbed)))
         cross = CrossAttention(
             self.cross_heads, self.qk_norm, self.cross_norm_eps, *types, name="cross_attn"
         )
         x = by_rows(x + cross(x, kv, bias))
-        ffn = GLUMBConv(self.hidden, *types, name="mix_ffn")
-        x = add_gated(x, gate_f, ffn(modulate(x, shift_f, scale_f)))
+        ffn = GLUMBConv(self.hidden, self.kernels, *types, name="mix_ffn")
+        x = by_rows(add_gated(x, gate_f, ffn(by_rows(modulate(x, shift_f, scale_f)))))
 
         # Read by diagnose.py; costs nothing unless "intermediates" is asked for.
         self.sow("intermediates", "absmax", jnp.max(jnp.abs(x)))
@@ -176,6 +178,7 @@ class Head(nn.Module):
     """Modulated LayerNorm and the projection to latent channels; uses `embedding`, not `rows`."""
 
     channels: int
+    kernels: str
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
@@ -184,7 +187,7 @@ class Head(nn.Module):
         d = x.shape[-1]
         table = self.param("modulation", nn.initializers.normal(d**-0.5), (2, d), self.param_dtype)
         rows = add32(table, embedding[:, None])[:, :, None, None]
-        x = modulate(x, rows[:, 0], rows[:, 1])
+        x = by_rows(ops.modulate(x, rows[:, 0], rows[:, 1], self.kernels))
         return dense_of(self)(self.channels, name="out")(x)
 
 
@@ -211,6 +214,7 @@ class Sana(nn.Module):
       remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
         each block from its input; "products", all but the products with weights, which are most of the
         work and a third of the memory.
+      kernels: how the operations of ops.py run: "auto", or one of ops.KERNELS; never part of a checkpoint.
       dtype, param_dtype: of activations and of parameters.
     """
 
@@ -230,6 +234,7 @@ class Sana(nn.Module):
     integer_time: bool = False
     clamp: bool = False
     remat: str | None = None
+    kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -238,6 +243,7 @@ class Sana(nn.Module):
             if self.width % getattr(self, field):
                 raise InputError(f"{field}={getattr(self, field)}: must divide width={self.width}")
         require_choice("remat", self.remat, REMAT)
+        require_choice("kernels", self.kernels, ops.KERNELS)
         types = (self.dtype, self.param_dtype)
         self.patch_embed = dense_of(self)(self.width)
         self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
@@ -254,7 +260,7 @@ class Sana(nn.Module):
             length=self.depth,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, 0),
+            in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),
         )(
             self.heads,
             self.cross_heads,
@@ -263,9 +269,10 @@ class Sana(nn.Module):
             self.attention_eps,
             self.cross_norm_eps,
             self.clamp,
+            self.kernels,
             *types,
         )
-        self.head = Head(self.latent_channels, *types)
+        self.head = Head(self.latent_channels, self.kernels, *types)
 
     def example_inputs(self):
         """Arguments that `init` accepts; their leading sizes leave no trace in the parameters."""
@@ -285,13 +292,21 @@ class Sana(nn.Module):
         Returns:
           The velocity, [b h w latent_channels] in `dtype`.
         """
-        return self.velocity(x, self.embed_time(t, guidance), self.embed_text(states, mask))
+        text = self.embed_text(states, mask, ahead=self.remat is None or self.is_initializing())
+        return self.velocity(x, self.embed_time(t, guidance), text)
 
-    def embed_text(self, states, mask):
-        """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time."""
+    def embed_text(self, states, mask, ahead=True):
+        """states [b m caption_width], mask [b m] -> Text.  Does not depend on latent or time.
+
+        Not `ahead`, blocks make their keys and values themselves: the backward pass would otherwise
+        hold the gradients of all of them at once, at 512 px a fifth of all that it holds.
+        """
         caption = by_rows(self.caption_embed(states.astype(self.dtype)))
         bias = jnp.where(mask, 0.0, HIDDEN_TOKEN).astype(self.dtype)
-        return Text(self.key_value(caption), bias)
+        if ahead:
+            return Text(self.key_value(caption), bias)
+        # float32, or its gradient would be added up over the blocks in `dtype`
+        return Text(self.key_value.variables["params"], bias, caption.astype(jnp.float32))
 
     def embed_time(self, t, guidance=None):
         """t [...] -> Time with the same leading axes.  Does not depend on latent or text."""
@@ -308,7 +323,7 @@ class Sana(nn.Module):
             _, h, w, d = x.shape
             position = embeddings.position_embedding(h, w, self.sample_size, self.position_scale, d)
             x = (x.astype(jnp.float32) + position).astype(self.dtype)
-        x, _ = self.blocks(x, text.kv, time.rows, text.bias, perturbed)
+        x, _ = self.blocks(x, text.kv, time.rows, text.bias, perturbed, text.caption)
         return self.head(x, time.embedding)
 
 

@@ -17,7 +17,7 @@ TINY = "tests/chaos/tiny.py"
 NIGHT = os.environ.get("SANA_JAX_NIGHT") == "1"  # .ci/nightly: all of it, and many times
 MARK = "SANA_JAX_CHAOS"  # a variable of every process of a run, so that none is overlooked
 HEARTBEAT = 5  # seconds
-PATIENCE = 180  # seconds for anything on a busy machine; what must be quick is measured
+PATIENCE = 900 if NIGHT else 180  # seconds for anything on a busy machine; what must be quick is measured
 
 
 class Run:

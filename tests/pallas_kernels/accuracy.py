@@ -1,9 +1,14 @@
 """Relative errors against float64, and the bounds that every implementation of an operation keeps."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
+
+NIGHT = os.environ.get("SANA_JAX_NIGHT") == "1"
 FORWARD = 2e-6  # float32
 GRADIENT = 1e-5
 NARROW = 1.1  # bfloat16: times the error of the exact result rounded to bfloat16
@@ -20,8 +25,22 @@ def exact(fn, *args):
 
 
 def quickly_compiled(fn):
-    """jax.jit for what runs once: LLVM's optimisation of an interpreted kernel takes longer than all else."""
+    """jax.jit for what runs once: LLVM's optimisation of an interpreted kernel takes longer than all else,
+    but for the large arrays of the night."""
+    if NIGHT:
+        return jax.jit(fn)
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def coarse(monkeypatch, **sizes):
+    """Tiles of these sizes instead of the table's: what the interpreter does for one program takes a time
+    that grows with the arrays, so it is to have few of them where these are large."""
+    tiles = dispatch.tiles
+
+    def larger(*call):
+        return {name: {**tile, **{k: v for k, v in sizes.items() if k in tile}} for name, tile in tiles(*call).items()}
+
+    monkeypatch.setattr(dispatch, "tiles", larger)
 
 
 def with_gradients(fn):
@@ -60,3 +79,15 @@ def problems(got, want, gradient_rounding=NARROW):
         if not error(a, b) <= bound:
             found.append((i, error(a, b), bound))
     return found
+
+
+def check_transformations(fn, x):
+    """scan over remat over vmap over the images of x [4 ...], with the gradient: what the plain call gives."""
+
+    def transformed(x):
+        images = jax.checkpoint(jax.vmap(lambda one: fn(one[None])[0]))
+        _, out = jax.lax.scan(lambda carry, some: (carry, images(some)), None, x.reshape(2, 2, *x.shape[1:]))
+        return out.reshape(4, *out.shape[2:])
+
+    want, got = (quickly_compiled(with_gradients(f))((x,), jnp.cos(fn(x))) for f in (fn, transformed))
+    assert all(error(a, b) < FORWARD for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))

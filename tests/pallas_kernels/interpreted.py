@@ -78,19 +78,31 @@ def main():
     import jax_triton
 
     jax_triton.triton_call = triton_call
-    from tests.pallas_kernels import accuracy, test_linear_attention, test_mix_ffn
+    from pallas_kernels import dispatch
+    from tests.pallas_kernels import accuracy, test_adaln, test_linear_attention, test_mix_ffn, test_rms_residual
 
     found = {}
-    for name, case in {"normed": (2, 37, 2, 16, "float32", True), "plain": (1, 33, 1, 16, "float32", False)}.items():
-        args, gradient = test_linear_attention.arrays(*case)
-        got = test_linear_attention.run("jax_triton")(args, gradient)
-        want = test_linear_attention.truth(args, gradient)
-        found[f"linear_attention {name}"] = accuracy.problems(got, want)
-    args, gradient = test_mix_ffn.arrays(1, 5, 7, 40, "float32")
-    for first_silu in (True, False):
-        got = test_mix_ffn.run("jax_triton", first_silu)(args, gradient)
-        want = test_mix_ffn.truth(args, gradient, first_silu)
-        found[f"mix_ffn {first_silu}"] = accuracy.problems(got, want)
+    for case in test_linear_attention.CASES:
+        if case[4] == "float32":
+            args, gradient = test_linear_attention.arrays(*case)
+            got = test_linear_attention.run("jax_triton")(args, gradient)
+            want = test_linear_attention.truth(args, gradient)
+            found[f"linear_attention {case}"] = accuracy.problems(got, want)
+    for case in test_mix_ffn.CASES:
+        if case[4] == "float32":
+            *sizes, first_silu = case
+            args, gradient = test_mix_ffn.arrays(*sizes)
+            got = test_mix_ffn.run("jax_triton", first_silu)(args, gradient)
+            want = test_mix_ffn.truth(args, gradient, first_silu)
+            found[f"mix_ffn {case}"] = accuracy.problems(got, want)
+    dispatch.tiles = lambda *_: dict.fromkeys(("forward", "backward"), test_adaln.SMALL)
+    for op, r in ((test_adaln.modulate, 2), (test_adaln.add_gated, 1)):
+        args, gradient = test_adaln.arrays(op, 2, 19, 40, r, "float32")
+        got, want = test_adaln.run(op, "jax_triton")(args, gradient), test_adaln.truth(op, args, gradient)
+        found[op.__name__] = accuracy.problems(got, want)
+    args, gradient = test_rms_residual.arrays(2, 19, 40, "float32")
+    got, want = test_rms_residual.run("jax_triton")(args, gradient), test_rms_residual.truth(args, gradient)
+    found["add_rms_norm"] = accuracy.problems(got, want)
     print(json.dumps(found))
 
 

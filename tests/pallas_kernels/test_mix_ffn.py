@@ -31,23 +31,47 @@ def truth(args, gradient, first_silu):
     return accuracy.exact(accuracy.with_gradients(fn), args, gradient)
 
 
-@pytest.mark.parametrize(
-    "b, h, w, c, dtype, first_silu",
-    [
-        (2, 5, 9, 40, "float32", True),  # nothing fits
-        (3, 17, 3, 33, "bfloat16", False),  # several blocks of the sums
-    ],
-)
-def test_every_implementation_is_exact(b, h, w, c, dtype, first_silu):
-    args, gradient = arrays(b, h, w, c, dtype)
+CASES = [  # b, h, w, c, dtype, first_silu; those of float32 are jax-triton's too, in interpreted.py
+    (2, 5, 9, 40, "float32", True),  # nothing fits
+    (1, 1, 6, 5, "float32", False),
+    (3, 17, 3, 33, "bfloat16", False),  # several blocks of the sums
+]
+LARGE = [(1, 9, 19, 24, "float32", False)] + accuracy.NIGHT * [
+    (b, h, w, c, dtype, first_silu)
+    for b, h, w, c in ((1, 32, 32, 480), (2, 33, 35, 72), (3, 1, 37, 8), (1, 64, 5, 130), (1, 128, 128, 16))
+    for dtype, first_silu in (("float32", False), ("float32", True), ("bfloat16", True))
+]
+
+
+def check(case):
+    *sizes, dtype, first_silu = case
+    args, gradient = arrays(*sizes, dtype)
     want = truth(args, gradient, first_silu)
     for implementation in ("xla", "pallas_interpret"):
         got = run(implementation, first_silu)(args, gradient)
-        assert got[0].dtype == got[1][0].dtype == dtype and got[0].shape == (b, h, w, c)
+        assert got[0].dtype == got[1][0].dtype == dtype and got[0].shape == tuple(sizes)
         # In the backward pass what stands between its two passes is rounded too.
         assert accuracy.problems(got, want, 1.5) == [], implementation
-        again = run(implementation, first_silu)(args, gradient)
-        assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(again)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_implementation_is_exact(case):
+    check(case)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_twice_gives_the_same_bits(implementation):
+    case = CASES[0]
+    once, again = (run(implementation, case[-1])(args, gradient) for args, gradient in [arrays(*case[:-1])] * 2)
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(once), jax.tree.leaves(again)))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_arrays(case, monkeypatch):
+    accuracy.coarse(monkeypatch, columns=32)
+    run.cache_clear()
+    check(case)
+    run.cache_clear()
 
 
 def test_the_xla_form_of_gpus():
@@ -84,10 +108,12 @@ def test_large_and_missing_values():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_under_vmap():
-    (y, kernel, bias), _ = arrays(2, 3, 4, 8, "float32")
-    fn = functools.partial(mix_ffn, kernel=kernel, bias=bias, implementation="pallas_interpret")
-    assert accuracy.error(jax.vmap(lambda x: fn(x[None])[0])(y), fn(y)) < 1e-6
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_vmap_scan_and_remat(implementation, monkeypatch):
+    accuracy.coarse(monkeypatch, rows=1)  # less to compile
+    (y, kernel, bias), _ = arrays(4, 2, 3, 2, "float32")
+    fn = functools.partial(mix_ffn, kernel=kernel, bias=bias, implementation=implementation)
+    accuracy.check_transformations(fn, y)
 
 
 def test_y_alone_is_kept_for_the_backward_pass():

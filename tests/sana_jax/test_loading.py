@@ -161,6 +161,7 @@ def test_variants_and_shards_as_the_peers_write_them(toy_folder, tmp_path, bits)
         (lambda f: None, {"dtype": int}, "dtype=<class 'int'>: must be float32, bfloat16 or float16"),
         (lambda f: None, {"stack": "nvlab"}, "stack='nvlab': must be one of 'auto', .*did you mean 'nvlabs'"),
         (lambda f: None, {"stack": 3}, "stack=3: must be one of"),
+        (lambda f: None, {"kernels": "xal"}, "kernels='xal': must be one of 'auto', .*did you mean 'xla'"),
         (lambda f: (f / "model_index.json").unlink(), {}, "has no model_index.json, is not a pipeline"),
         (lambda f: (f / "model_index.json").write_text("x"), {}, "model_index.json: not valid JSON"),
         (

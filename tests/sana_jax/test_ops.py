@@ -1,10 +1,12 @@
-"""The depthwise convolution has a backward pass of its own; it is that of the plain sum of taps."""
+"""The door to the kernels: what it takes and refuses.  The depthwise convolution has a backward pass of its
+own; it is that of the plain sum of taps."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import depthwise
 from sana_jax import ops
 from sana_jax.errors import InputError
 
@@ -49,12 +51,62 @@ def test_gradients_in_bfloat16_are_those_of_float32_rounded():
 def test_the_two_forms_of_the_kernel_gradient_agree():
     """That of the CPU and that of every other platform; the latter runs here nowhere else."""
     (x, _, _), gradient = arrays(5, jnp.float32)
-    padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    one, other = (taps(padded, gradient, 5) for taps in (ops.taps_in_turn, ops.taps_at_once))
+    one, other = (fn(x, gradient, 5) for fn in (depthwise.kernel_gradient_by_row, depthwise.kernel_gradient))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 6), (4, 4, 6), (3, 5, 6)])
 def test_a_kernel_without_a_centre(shape):
-    with pytest.raises(InputError, match="kernel: .* must be .* odd"):
+    with pytest.raises(InputError, match="kernel.shape=.* must be .* odd"):
         ops.depthwise_conv(jnp.zeros((1, 4, 4, 6)), jnp.zeros(shape))
+
+
+X = jnp.ones((2, 4, 4, 16))
+ROW = jnp.ones((1, 1, 1, 16))
+OPS = {  # each with arguments that every implementation takes
+    "relu_linear_attention": (jnp.ones((2, 16, 2, 48)), 1e-15),
+    "mix_ffn": (X, jnp.ones((3, 3, 16)), jnp.ones(16)),
+    "modulate": (X, ROW, ROW),
+    "add_gated": (X, ROW, X),
+    "add_rms_norm": (X, X, jnp.ones(16), jnp.ones(16)),
+}
+
+
+def of(dtype, args):
+    return [a.astype(dtype) if isinstance(a, jax.Array) else a for a in args]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_door(name):
+    op, args = getattr(ops, name), OPS[name]
+    assert ops.KERNELS[0] == "auto" and jax.eval_shape(lambda: op(*args)).dtype == jnp.float32
+    with pytest.raises(InputError, match="implementation='cuda': must be auto, .* or jax_triton"):
+        op(*args, kernels="cuda")
+    # Kernels have two types, plain XLA has all of them: "auto" finds it, and a name is taken at its word.
+    half = of(jnp.float16, args)
+    for kernels in ("auto", "xla"):
+        assert jax.eval_shape(lambda k=kernels: op(*half, kernels=k)).dtype == jnp.float16
+    with pytest.raises(InputError, match="dtype=float16: must be bfloat16 or float32 for a kernel"):
+        jax.eval_shape(lambda: op(*half, kernels="pallas"))
+    with pytest.raises(InputError, match="shape=.*must be"):
+        op(args[0][:, :0], *args[1:])
+
+
+def test_kernels_that_this_machine_does_not_run(monkeypatch):
+    for name in ("pallas", "jax_triton"):
+        with pytest.raises(InputError, match=f"kernels='{name}': needs an NVIDIA GPU, and this is a cpu; here: auto"):
+            ops.require_runnable(name)
+    with pytest.raises(InputError, match="kernels='jax-triton': .*did you mean 'jax_triton'"):
+        ops.require_runnable("jax-triton")
+    ops.require_runnable("xla")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ops.require_runnable("pallas")
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="jax-triton is not installed"):
+        ops.require_runnable("jax_triton")
+
+
+def test_sums_over_many_tokens_leave_float16():
+    """State and total of 4096 tokens: 32 * 32 * 4096 = 4e6; the largest float16 is 65504."""
+    qkv = jnp.full((1, 4096, 1, 96), 32, jnp.float16)
+    np.testing.assert_array_equal(jax.jit(ops.relu_linear_attention, static_argnums=1)(qkv, 1e-15), 32)

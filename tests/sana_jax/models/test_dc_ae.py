@@ -175,10 +175,11 @@ def test_attention_and_mix_ffn_apart(peer, params, case):
         "attention_norm": middle - nchw(x),
         "mix_ffn_norm": block.conv_out(middle) - middle,
     }
+    before = {"attention_norm": x, "mix_ffn_norm": nhwc(middle)}  # what the branch is added to
     variables = {"params": at(params, path)}
     _, state = module.apply(variables, x, capture_intermediates=True)
     for part, theirs in expected.items():
-        ours = state["intermediates"][part]["__call__"][0]
+        ours = state["intermediates"][part]["__call__"][0] - before[part]
         assert error(ours, nhwc(theirs)) <= BOUND
 
 

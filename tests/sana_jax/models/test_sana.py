@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sana_jax import ops
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints import sana as names
 from sana_jax.errors import InputError
@@ -106,7 +107,7 @@ def test_block_parity():
     key_value = models.KeyValue(module.cross_heads, True, 1e-5, jnp.float32, jnp.float32)
     kv = key_value.apply({"params": layer(params["key_value"])}, text)
     block = models.SanaBlock(
-        module.heads, module.cross_heads, 160, True, 1e-15, 1e-5, False, jnp.float32, jnp.float32
+        module.heads, module.cross_heads, 160, True, 1e-15, 1e-5, False, "auto", jnp.float32, jnp.float32
     )
     out, _ = block.apply({"params": layer(params["blocks"])}, x, kv, rows, bias)
     assert distance(np.asarray(out), reference.numpy()) <= 1e-5
@@ -230,11 +231,10 @@ def test_controls_break_parity(monkeypatch):
         "scaled embedding": (embeddings, "sinusoid", exact_frequencies),
         "row before column": (embeddings, "position_embedding", row_first),
         "positions not normalised": (embeddings, "position_embedding", not_normalised),
-        "layer norm eps": (models, "layer_norm", lambda x: layer_norm(x, 1e-2)),
+        "layer norm eps": (ops.adaln, "modulate", functools.partial(ops.adaln.modulate, eps=1e-2)),
         "caption norm eps": (embeddings, "CAPTION_NORM_EPS", 1e-2),
         "mask ignored": (models, "HIDDEN_TOKEN", 0.0),
     }
-    layer_norm = models.layer_norm
     for what, (where, name, wrong) in wrong_functions.items():
         with monkeypatch.context() as patch:
             patch.setattr(where, name, wrong)
@@ -265,7 +265,7 @@ def test_bfloat16_error_is_not_worse_than_torchs():
 
 
 def test_float16_output_is_clamped_and_float32_is_not():
-    attention = models.LinearAttention(2, False, 1e-15, False, jnp.float32, jnp.float32)
+    attention = models.LinearAttention(2, False, 1e-15, False, "auto", jnp.float32, jnp.float32)
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 64)).astype("f")
     params = attention.init(jax.random.key(0), x)["params"]
     params["out"]["bias"] = np.full(64, 1e6, "f")
@@ -354,7 +354,7 @@ def test_remat_keeps_what_it_says():
     nothing, full, products = map(kept, (None, "full", "products"))
     # qkv 3, query 1, two outputs, expansion 5, projection 1: 12 widths of products
     assert 11 * stream < products - full < 13 * stream
-    assert nothing > 2 * products
+    assert nothing > 1.4 * products
 
 
 def test_remat_must_be_known():
