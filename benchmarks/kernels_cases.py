@@ -40,7 +40,7 @@ class Op(NamedTuple):
     wanted: the arguments whose gradients are computed; a gradient that is the given one costs nothing.
     kept: the arguments that the backward pass has to read.
     part: a slice of an argument or result that depends on no other part, so that float64 takes less room.
-    auto: the first argument's shape -> sizes of a row of `auto`; `grid`: which of them grow with the tokens.
+    auto: the first argument's shape -> sizes of a row of `auto`.
     width: the first argument's shape -> what names the tiles of that width.
     slack: times the rounding of the exact gradient that a bfloat16 one may be off.
     """
@@ -53,7 +53,6 @@ class Op(NamedTuple):
     wanted: tuple
     kept: tuple
     auto: Callable
-    grid: tuple
     width: Callable
     part: Callable = lambda a, c: a
     slack: float = accuracy.NARROW
@@ -151,21 +150,21 @@ OPS = {
         lambda s, side, dtype: (_qkv(s, side, dtype),),
         lambda op, qkv, **how: op(qkv, EPS, **how),
         attention, (0,), (0,),
-        lambda b, n, k, c: dict(b=b, n=n, k=k, c=c // 3), ("n",), lambda *shape: shape[-1] // 3,
+        lambda b, n, k, c: dict(tokens=b * n, k=k, c=c // 3), lambda *shape: shape[-1] // 3,
     ),
     "linear_attention, norm": Op(
         "linear_attention", "linear_attention",
         lambda s, side, dtype: (_qkv(s, side, dtype), _shape(2, s.heads, s.width // s.heads)),
         lambda op, qkv, scale, **how: op(qkv, EPS, scale, **how),
         attention, (0, 1), (0, 1),
-        lambda b, n, k, c: dict(b=b, n=n, k=k, c=c // 3), ("n",), lambda *shape: shape[-1] // 3, slack=1.3,
+        lambda b, n, k, c: dict(tokens=b * n, k=k, c=c // 3), lambda *shape: shape[-1] // 3, slack=1.3,
     ),
     "mix_ffn": Op(
         "mix_ffn", "mix_ffn",
         lambda s, side, dtype: (_grid(s, 2 * s.ffn, side, dtype), _shape(3, 3, 2 * s.ffn), _shape(2 * s.ffn)),
         lambda op, *args, **how: op(*args, **how),
         mix_ffn, (0, 1, 2), (0, 1, 2),
-        lambda b, h, w, c: dict(b=b, h=h, w=w, c=c // 2, first_silu=1), ("h", "w"), lambda *_: "any",
+        lambda b, h, w, c: dict(tokens=b * h * w, c=c // 2, first_silu=1), lambda *_: "any",
         part=ends, slack=1.5, plain=library_mix_ffn,
     ),
     "modulate": Op(
@@ -173,21 +172,21 @@ OPS = {
         lambda s, side, dtype: (_tokens(s, side, dtype), _rows(s), _rows(s)),
         lambda op, *args, **how: op(*args, **how),
         modulate, (0, 1, 2), (0, 2),
-        lambda b, n, d: dict(b=b, n=n, d=d, gated=0), ("n",), lambda *_: "modulate",
+        lambda b, n, d: dict(tokens=b * n, d=d, gated=0), lambda *_: "modulate",
     ),
     "add_gated": Op(
         "adaln", "add_gated",
         lambda s, side, dtype: (_tokens(s, side, dtype), _rows(s), _tokens(s, side, dtype)),
         lambda op, *args, **how: op(*args, **how),
         add_gated, (1, 2), (1, 2),
-        lambda b, n, d: dict(b=b, n=n, d=d, gated=1), ("n",), lambda *_: "add_gated",
+        lambda b, n, d: dict(tokens=b * n, d=d, gated=1), lambda *_: "add_gated",
     ),
     "add_rms_norm": Op(
         "rms_residual", "add_rms_norm",
         lambda s, side, dtype: (*[_tokens(s, side, dtype)] * 2, *[_shape(s.width)] * 2),
         lambda op, *args, **how: op(*args, **how),
         add_rms_norm, (1, 2, 3), (1, 2),
-        lambda b, n, d: dict(b=b, n=n, d=d), ("n",), lambda *_: "any",
+        lambda b, n, d: dict(tokens=b * n, d=d), lambda *_: "any",
     ),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas", "pallas_interpret", "jax_triton")
 KERNELS = ("pallas", "pallas_interpret", "jax_triton")
-MAX_ELEMENTS = 2**31 - 1  # kernels address the elements of an array with int32
+MAX_ELEMENTS = 2**31 - 1  # of an image: kernels address its elements with int32
 
 # What Triton compiles for, by a part of the device's name.
 CAPABILITY = {"A100": 80, "A30": 80, "A10": 86, "L4": 89, "RTX 4090": 89, "H100": 90, "H200": 90, "GH200": 90}
@@ -60,6 +60,17 @@ def wide(dtype):
     return dtype if dtype == jnp.float64 else jnp.float32
 
 
+def require_float(op, name, array):
+    require(jnp.issubdtype(array.dtype, jnp.floating), op, f"{name}.dtype", array.dtype, "a float type")
+
+
+def require_addressable(op, name, array):
+    """Raises KernelError if an image, array[0], has more elements than a kernel can address."""
+    size = array.size // array.shape[0]
+    limit = f"at most {MAX_ELEMENTS} for a kernel, whose offsets in an image are int32"
+    require(size <= MAX_ELEMENTS, op, f"{name}[0].size", size, limit)
+
+
 def listed(values):
     """The words of an error: 'a, b or c'."""
     *most, last = (str(value) for value in values)
@@ -80,7 +91,8 @@ def device_kind():
 def capability():
     """What Triton has to compile for: None is the card at hand."""
     device = abstract_device()
-    if device is None:
+    here = jax.devices()[0]
+    if device is None or (here.platform == "gpu" and here.device_kind == device.device_kind):
         return None
     for part, number in CAPABILITY.items():
         if part in device.device_kind:

@@ -41,7 +41,7 @@ def check(op, arrays, vectors, shapes):
     (first, array), *_ = arrays.items()
     for name, a in arrays.items():
         require(jnp.ndim(a) == 3, op, f"{name}.shape", jnp.shape(a), "[b, n, d]")
-        require(jnp.issubdtype(a.dtype, jnp.floating), op, f"{name}.dtype", a.dtype, "a float type")
+        dispatch.require_float(op, name, a)
         require(0 not in a.shape, op, f"{name}.shape", a.shape, "without an empty axis")
         require(a.shape == array.shape, op, f"{name}.shape", a.shape, f"that of {first}, {array.shape}")
         require(a.dtype == array.dtype, op, f"{name}.dtype", a.dtype, f"that of {first}, {array.dtype}")
@@ -49,6 +49,7 @@ def check(op, arrays, vectors, shapes):
     (first, vector), *_ = vectors.items()
     for name, v in vectors.items():
         require(jnp.shape(v) in allowed, op, f"{name}.shape", jnp.shape(v), listed(allowed))
+        dispatch.require_float(op, name, v)
         require(v.shape == vector.shape, op, f"{name}.shape", v.shape, f"that of {first}, {vector.shape}")
 
 
@@ -59,8 +60,7 @@ def obstacle(op, name, array, tiles):
     b, _, d = array.shape
     try:
         require(str(array.dtype) in DTYPES, op, f"{name}.dtype", array.dtype, f"{listed(DTYPES)} for a kernel")
-        limit = f"at most {dispatch.MAX_ELEMENTS} for a kernel, whose offsets are int32"
-        require(array.size <= dispatch.MAX_ELEMENTS, op, f"{name}.size", array.size, limit)
+        dispatch.require_addressable(op, name, array)
         widest = min(tile["elements"] for tile in tiles().values())
         require(d <= widest, op, "d", d, f"at most {widest} for a kernel, which holds whole rows")
         require(b <= MAX_GRID, op, "b", b, f"at most {MAX_GRID} for a kernel")

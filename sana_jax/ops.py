@@ -4,7 +4,7 @@ Models call these and say which implementation they want, `kernels`; their param
 The operations with kernels are those of pallas_kernels, where each has its formula, its specification
 and its plain JAX, which is what runs on a CPU.  Here are added errors of our own kind and the devices
 that arrays are cut over (partition.py).  Kernels take bfloat16 and float32; of float16 and float64 "auto"
-makes plain JAX.
+makes plain JAX, whose sums are float32 in attention and Mix-FFN even of float64.
 Shapes: b batch, h w grid, n = h * w tokens, k heads, c channels of a head.
 """
 
@@ -99,6 +99,7 @@ def through_the_door(op, *args, kernels, **options):
       `KERNELS` by name, which works or raises.
     Raises InputError: what the implementation cannot take.
     """
+    require_choice("kernels", kernels, KERNELS)
     try:
         return op(*args, **options, implementation=kernels, partition=over_devices)
     except KernelError as error:
@@ -157,7 +158,10 @@ def add_rms_norm(x, y, scale, bias, eps=1e-5, kernels="auto"):
 
     x, y [b, h, w, d]; scale, bias [d].
     """
-    args = tokens(x), tokens(y), scale, bias, eps
+    b, _, w, d = x.shape
+    large = x.size // b > dispatch.MAX_ELEMENTS  # DC-AE's at 4096 px, by one: then rows of the grid are images
+    shape = (-1, w, d) if large else (b, -1, d)
+    args = x.reshape(shape), y.reshape(shape), scale, bias, eps
     return through_the_door(rms_residual.add_rms_norm, *args, kernels=kernels).reshape(x.shape)
 
 

@@ -8,6 +8,7 @@ import itertools
 import math
 
 import jax
+from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -49,7 +50,7 @@ def over_devices(fn, cut):
         call.def_partition(
             partition, sharding_rule=cut.rule, need_replication_factors=whole, reduction_factors=summed
         )
-        return jax.tree.unflatten(result, call(*leaves))
+        return jax.tree.unflatten(result, sequential_vmap(call)(*leaves))
 
     return run
 

@@ -151,7 +151,7 @@ def test_the_rows_of_a_case_measured(tmp_path, monkeypatch):
         kernels_measure.measure(case, ("xla", "pallas", "jax_triton", "upstream"), found, pool)
     xla, pallas, broken = found.rows
     for row in (xla, pallas):
-        assert row["right"] and row["auto"] == dict(b=2, n=32, d=64, gated=1)
+        assert row["right"] and row["auto"] == dict(tokens=64, d=64, gated=1)
         assert row["both_share"] == round(row["both_floor_us"] / row["both_us"], 3)
         for which in ("forward", "both"):
             assert row[f"{which}_us"] > 0 and row[f"{which}_warm_us"] > 0 and row[f"{which}_floor_us"] > 0
@@ -190,12 +190,12 @@ def test_rows_of_auto_are_for_what_is_right_and_wins():
     })  # fmt: skip
     (first, second) = kernels_tune.auto_rows(rows, "card", "bfloat16")["mix_ffn"]
     assert first["implementation"] == "pallas" and first["speedup"] == pytest.approx(10 / 9, abs=1e-3)
-    assert first["where"] == dict(b=[2, 2], h=[16, 32], w=[16, 32], c=[5600, 5600], first_silu=[1, 1])
+    assert first["where"] == dict(tokens=[512, 2048], c=[5600, 5600], first_silu=[1, 1])
     assert second["implementation"] == "jax_triton" and second["speedup"] == 2
-    assert second["where"]["h"] == [128, 128] and second["where"]["b"] == [2, kernels_tune.MANY]
-    assert dispatch.holds(first, "card", "bfloat16", dict(b=2, h=20, w=30, c=5600, first_silu=1))
-    assert not dispatch.holds(first, "card", "bfloat16", dict(b=2, h=64, w=64, c=5600, first_silu=1))
-    assert not dispatch.holds(first, "other", "bfloat16", dict(b=2, h=20, w=30, c=5600, first_silu=1))
+    assert second["where"]["tokens"] == [32768, kernels_tune.MANY]
+    assert dispatch.holds(first, "card", "bfloat16", dict(tokens=1200, c=5600, first_silu=1))
+    assert not dispatch.holds(first, "card", "bfloat16", dict(tokens=8192, c=5600, first_silu=1))
+    assert not dispatch.holds(first, "other", "bfloat16", dict(tokens=1200, c=5600, first_silu=1))
 
 
 @pytest.mark.parametrize("times", [(10, 10, 11), (10, 0, 0), (10, None, None), (None, 1, 1), (0, 5, 5)])
@@ -209,14 +209,14 @@ def test_a_row_needs_every_form_of_the_operation():
     normed = [row | {"op": "linear_attention, norm", "forward_us": us} for row, us in zip(plain, (10, 8))]
     assert kernels_tune.auto_rows(plain, "card", "bfloat16")["linear_attention"] == []
     (row,) = kernels_tune.auto_rows(plain + normed, "card", "bfloat16")["linear_attention"]
-    assert row["speedup"] == 1.25 and row["where"]["n"] == [1024, 1024]
+    assert row["speedup"] == 1.25 and row["where"]["tokens"] == [2048, kernels_tune.MANY]
     slow = [*normed[:1], normed[1] | {"both_us": 31}]
     assert kernels_tune.auto_rows(plain + slow, "card", "bfloat16")["linear_attention"] == []
 
 
 def test_what_is_written_is_what_dispatch_reads(tmp_path, monkeypatch):
     old = dict(device="card", dtype="bfloat16", implementation="pallas", error=0, bound=1, speedup=9,
-               where=dict(b=[1, 9], h=[1, 999], w=[1, 999], c=[5600, 5600], first_silu=[1, 1]))  # fmt: skip
+               where=dict(tokens=[1, 9999], c=[5600, 5600], first_silu=[1, 1]))  # fmt: skip
     rows = [old, old | {"device": "other"}, old | {"where": old["where"] | {"c": [72, 72]}}]
     given = kernels_tune.table("mix_ffn")
     monkeypatch.setattr(kernels_tune, "table", lambda name: {**given, "auto": rows})
@@ -228,9 +228,9 @@ def test_what_is_written_is_what_dispatch_reads(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "tiles.json").write_text(json.dumps(written))
     monkeypatch.setattr(dispatch, "device_kind", lambda: "card")
-    sizes = dict(b=2, h=32, w=32, c=5600, first_silu=1)
+    sizes = dict(tokens=2048, b=2, h=32, w=32, c=5600, first_silu=1)
     assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes, None) == "pallas"
-    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes | {"h": 33}, None) == "xla"
+    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes | {"tokens": 2047}, None) == "xla"
     assert new["speedup"] == 2
 
 

@@ -73,7 +73,8 @@ def obstacle(op, x):
 
 def choose(op, x, implementation):
     """The name of the implementation to run."""
-    sizes = dict(zip("bnd", x.shape), gated=int(op == "add_gated"))  # two operations share the rows of "auto"
+    b, n, d = x.shape
+    sizes = dict(tokens=b * n, b=b, n=n, d=d, gated=int(op == "add_gated"))  # two operations share the rows of "auto"
     return dispatch.choose(op, FOLDER, implementation, x.dtype, sizes, obstacle(op, x))
 
 

@@ -50,7 +50,7 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
       KernelError: an argument that the implementation cannot take.
     """
     require(jnp.ndim(qkv) == 4, OP, "qkv.shape", jnp.shape(qkv), "[b, n, k, 3 * c]")
-    require(jnp.issubdtype(qkv.dtype, jnp.floating), OP, "qkv.dtype", qkv.dtype, "a float type")
+    dispatch.require_float(OP, "qkv", qkv)
     require(0 not in qkv.shape, OP, "qkv.shape", qkv.shape, "without an empty axis")
     require(qkv.shape[-1] % 3 == 0, OP, "qkv.shape", qkv.shape, "[b, n, k, 3 * c]: the last axis divisible by 3")
     require(eps > 0, OP, "eps", eps, "a positive number")
@@ -59,8 +59,11 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
     if norm_scale is not None:
         shape = jnp.shape(norm_scale)
         require(shape == (2, k, c), OP, "norm_scale.shape", shape, f"[2, k, c], here {(2, k, c)}")
+        dispatch.require_float(OP, "norm_scale", norm_scale)
+        require(norm_eps > 0, OP, "norm_eps", norm_eps, "a positive number")
         norm = reciprocal_rms(qkv, norm_eps), norm_scale.astype(dispatch.wide(qkv.dtype))
-    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, dict(b=b, n=n, k=k, c=c), obstacle(qkv))
+    sizes = dict(tokens=b * n, b=b, n=n, k=k, c=c)
+    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, obstacle(qkv))
     return _linear_attention(qkv, norm, float(eps), name, partition)
 
 
@@ -70,8 +73,7 @@ def obstacle(qkv):
     try:
         require(str(qkv.dtype) in DTYPES, OP, "qkv.dtype", qkv.dtype, f"{listed(DTYPES)} for a kernel")
         require(width // 3 in HEADS, OP, "c", width // 3, f"{listed(HEADS)} for a kernel")
-        limit = f"at most {dispatch.MAX_ELEMENTS} for a kernel, whose offsets are int32 (here n={n})"
-        require(qkv.size <= dispatch.MAX_ELEMENTS, OP, "qkv.size", qkv.size, limit)
+        dispatch.require_addressable(OP, "qkv", qkv)
         smallest = min(tile["rows"] for tile in dispatch.tiles(FOLDER, qkv.dtype, width // 3).values())
         require(n <= MAX_GRID * smallest, OP, "n", n, f"at most {MAX_GRID * smallest} for a kernel")
         require(b <= MAX_GRID, OP, "b", b, f"at most {MAX_GRID} for a kernel")

@@ -30,7 +30,7 @@ def product(equation, a, b, dtype):
     def wide(a, b):
         return jnp.einsum(equation, *(x.astype(jnp.float32) for x in (a, b)), precision="highest")
 
-    if dtype == jnp.float32:
+    if dtype != jnp.bfloat16:  # float16 has not the range for two parts of a sum over tokens
         return wide(a, b)
     # XLA's CPU backend has no narrow product with a wide sum.
     return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)

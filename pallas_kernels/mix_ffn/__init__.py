@@ -48,14 +48,15 @@ def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto", partition=N
       KernelError: an argument that the implementation cannot take.
     """
     require(jnp.ndim(y) == 4, OP, "y.shape", jnp.shape(y), "[b, h, w, 2 * c]")
-    require(jnp.issubdtype(y.dtype, jnp.floating), OP, "y.dtype", y.dtype, "a float type")
+    for what, array in {"y": y, "kernel": kernel, "bias": bias}.items():
+        dispatch.require_float(OP, what, array)
     require(0 not in y.shape, OP, "y.shape", y.shape, "without an empty axis")
     require(y.shape[-1] % 2 == 0, OP, "y.shape", y.shape, "[b, h, w, 2 * c]: an even last axis")
     width = y.shape[-1]
     require(jnp.shape(kernel) == (3, 3, width), OP, "kernel.shape", jnp.shape(kernel), f"{(3, 3, width)}")
     require(jnp.shape(bias) == (width,), OP, "bias.shape", jnp.shape(bias), f"{(width,)}")
     b, h, w, _ = y.shape
-    sizes = dict(b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
+    sizes = dict(tokens=b * h * w, b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
     name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, obstacle(y))
     kernel, bias = (a.astype(dispatch.wide(y.dtype)) for a in (kernel, bias))
     return _mix_ffn(y, kernel, bias, bool(first_silu), name, partition)
@@ -66,8 +67,7 @@ def obstacle(y):
     b, h, w, _ = y.shape
     try:
         require(str(y.dtype) in DTYPES, OP, "y.dtype", y.dtype, f"{listed(DTYPES)} for a kernel")
-        limit = f"at most {dispatch.MAX_ELEMENTS} for a kernel, whose offsets are int32"
-        require(y.size <= dispatch.MAX_ELEMENTS, OP, "y.size", y.size, limit)
+        dispatch.require_addressable(OP, "y", y)
         tiles = dispatch.tiles(FOLDER, y.dtype, WIDTH).values()
         most = max(pallas_triton.blocks_of(h, w, tile) for tile in tiles)
         require(most <= MAX_GRID, OP, "h, w", (h, w), f"cut into at most {MAX_GRID} blocks for a kernel, not {most}")

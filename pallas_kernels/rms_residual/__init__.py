@@ -47,7 +47,9 @@ def add_rms_norm(x, y, scale, bias, eps=1e-5, implementation="auto", partition=N
     """
     rows.check(OP, {"x": x, "y": y}, {"scale": scale, "bias": bias}, lambda b, d: [(d,)])
     require(eps > 0, OP, "eps", eps, "a positive number")
-    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, dict(zip("bnd", x.shape)), obstacle(x))
+    b, n, d = x.shape
+    sizes = dict(tokens=b * n, b=b, n=n, d=d)
+    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, sizes, obstacle(x))
     scale, bias = (a.astype(dispatch.wide(x.dtype)) for a in (scale, bias))
     return _add_rms_norm(x, y, scale, bias, float(eps), name, partition)
 

@@ -81,6 +81,12 @@ def problems(got, want, gradient_rounding=NARROW):
     return found
 
 
+def agree(one, other):
+    """Whether two implementations gave float32 (result, gradients) that are the same within FORWARD."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(error(a, b) <= FORWARD for a, b in pairs)
+
+
 def check_transformations(fn, x):
     """scan over remat over vmap over the images of x [4 ...], with the gradient: what the plain call gives."""
 

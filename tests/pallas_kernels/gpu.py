@@ -21,8 +21,30 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from pallas_kernels import dispatch
+
 KINDS = {80: "NVIDIA A100", 89: "NVIDIA L4", 90: "NVIDIA H100"}
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may have
+
+
+def rows_of(folder):
+    """Every (device or "default", dtype, width) that the tiles.json of a folder has tiles for."""
+    return [
+        (device, dtype, width)
+        for device, dtypes in dispatch.table(folder)["tiles"].items()
+        for dtype, widths in dtypes.items()
+        for width in widths
+    ]
+
+
+def take(monkeypatch, device, otherwise):
+    """Takes the tiles of this device, whatever is compiled for; gives the cards to compile them for: the
+    device's own, or those of `otherwise` for "default"."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: device)
+    if device == "default":
+        return otherwise
+    number = next(number for part, number in dispatch.CAPABILITY.items() if part in device)
+    return (min(sm for sm in SHARED if sm >= number),)
 
 
 @dataclasses.dataclass

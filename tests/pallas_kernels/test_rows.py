@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import rows
+from pallas_kernels import adaln, rms_residual, rows
 from pallas_kernels.adaln import add_gated, modulate
 from pallas_kernels.rms_residual import add_rms_norm
 from tests.pallas_kernels import accuracy, gpu, test_adaln, test_rms_residual
@@ -106,27 +106,36 @@ def fits(report, sm):
 WIDTHS = (2240, 1152, 1024, 128, 72) if NIGHT else (2240,)  # the widest take most
 
 
-@pytest.mark.parametrize("op, dtype", marked(*((op, dtype) for op in OPS for dtype in ("bfloat16", "float32"))))
-def test_pallas_tiles_fit(op, dtype):
-    for sm in (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,):
+# The operations of a table have a name each in the place of the width, or "any" where there is one.
+TABLES = {modulate: adaln.FOLDER, add_gated: adaln.FOLDER, add_rms_norm: rms_residual.FOLDER}
+TILES = [
+    (op, device, dtype)
+    for op, folder in TABLES.items()
+    for device, dtype, name in gpu.rows_of(folder)
+    if name in (op.__name__, "any")
+]
+
+
+@pytest.mark.parametrize("op, device, dtype", marked(*TILES))
+def test_pallas_tiles_fit(op, device, dtype, monkeypatch):
+    cards = (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,)
+    for sm in gpu.take(monkeypatch, device, cards):
         for d in WIDTHS:
             kernels = gpu.pallas_kernels(*program(op, 2, 1023, d, dtype, "pallas"), sm=sm)
             assert len(kernels) == 2
             for kernel in kernels:
-                fits(gpu.compile_pallas(kernel, sm), 89 if sm == 80 else sm)  # one instruction set, less memory
+                fits(gpu.compile_pallas(kernel, sm), 89 if sm == 80 and device == "default" else sm)  # one instruction set, less memory
 
 
-@pytest.mark.parametrize("op", marked(*((op,) for op in OPS)))
-def test_jax_triton_tiles_fit(op, monkeypatch):
-    for sm in (80, 89, 90) if NIGHT else (90,):
+@pytest.mark.parametrize("op, device, dtype", marked(*(row for row in TILES if NIGHT or row[2] == "bfloat16")))
+def test_jax_triton_tiles_fit(op, device, dtype, monkeypatch):
+    for sm in gpu.take(monkeypatch, device, (80, 89, 90) if NIGHT else (90,)):
         for d in WIDTHS:
-            for dtype in ("bfloat16", "float32") if NIGHT else ("bfloat16",):
-                call = program(op, 2, 1023, d, dtype, "jax_triton")
-                found = gpu.compile_jax_triton(monkeypatch, *call, sm=sm)
-                assert len(found) == 2
-                for ir, report in found:
-                    assert "atomic" not in ir
-                    fits(report, sm)
+            found = gpu.compile_jax_triton(monkeypatch, *program(op, 2, 1023, d, dtype, "jax_triton"), sm=sm)
+            assert len(found) == 2
+            for ir, report in found:
+                assert "atomic" not in ir
+                fits(report, sm)
 
 
 @pytest.mark.parametrize("op", marked(*((op,) for op in OPS)))

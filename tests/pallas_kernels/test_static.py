@@ -20,7 +20,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.dispatch import table
+from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.mix_ffn import mix_ffn
 from tests.pallas_kernels import accuracy, gpu
@@ -63,12 +63,7 @@ def mix_ffn_program(dtype, _, implementation):
 PROGRAMS = {"linear_attention": attention_program, "mix_ffn": mix_ffn_program}
 # What kernels index themselves, so that no block says it: all accesses to it have to be masked.
 IMAGES = {"mix_ffn_forward": {0, 1, 2}, "mix_ffn_down": {0, 1, 2, 3}, "mix_ffn_backward": {0, 1, 2}}
-ROWS = [
-    (op, dtype, width)
-    for op in PROGRAMS
-    for dtype, widths in table(PACKAGE / op)["tiles"]["default"].items()
-    for width in widths
-]
+ROWS = [(op, *row) for op in PROGRAMS for row in gpu.rows_of(PACKAGE / op)]
 
 
 @pytest.fixture(autouse=True)
@@ -80,21 +75,22 @@ def check(report, sm):
     assert report.spills == 0 and report.registers <= 255 and report.shared <= gpu.SHARED[sm], report
 
 
-@pytest.mark.parametrize("op, dtype, width", ROWS)
-def test_pallas_tiles_fit(op, dtype, width):
-    for sm in (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,):
+@pytest.mark.parametrize("op, device, dtype, width", ROWS)
+def test_pallas_tiles_fit(op, device, dtype, width, monkeypatch):
+    cards = (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,)
+    for sm in gpu.take(monkeypatch, device, cards):
         kernels = gpu.pallas_kernels(*PROGRAMS[op](dtype, width, "pallas"), sm=sm)
         assert kernels
         for kernel in kernels:
-            check(gpu.compile_pallas(kernel, sm), 89 if sm == 80 else sm)  # one instruction set, less memory
+            check(gpu.compile_pallas(kernel, sm), 89 if sm == 80 and device == "default" else sm)  # one instruction set, less memory
 
 
-TRITON_ROWS = ROWS if NIGHT else [row for row in ROWS if row[1] == "bfloat16" and row[2] != "16"]
+TRITON_ROWS = ROWS if NIGHT else [row for row in ROWS if row[2] == "bfloat16" and row[3] != "16"]
 
 
-@pytest.mark.parametrize("op, dtype, width", TRITON_ROWS)
-def test_jax_triton_tiles_fit(op, dtype, width, monkeypatch):
-    for sm in (80, 89, 90) if NIGHT else (90,):
+@pytest.mark.parametrize("op, device, dtype, width", TRITON_ROWS)
+def test_jax_triton_tiles_fit(op, device, dtype, width, monkeypatch):
+    for sm in gpu.take(monkeypatch, device, (80, 89, 90) if NIGHT else (90,)):
         found = gpu.compile_jax_triton(monkeypatch, *PROGRAMS[op](dtype, width, "jax_triton"), sm=sm)
         assert found
         for ir, report in found:
@@ -233,6 +229,20 @@ def test_a_spill_is_caught(op, kernel, tile, monkeypatch):
     kernels = {k.name: k for k in gpu.pallas_kernels(*PROGRAMS[op]("float32", 32, "pallas"))}
     with pytest.raises(AssertionError, match="spills="):
         check(gpu.compile_pallas(kernels[kernel], 90), 90)
+
+
+def test_the_tiles_of_a_device_are_compiled(monkeypatch):
+    """For its own card, and they are found to be wrong where only they are."""
+    given = dispatch.table(PACKAGE / "linear_attention")["tiles"]
+    passes = given["default"]["float32"]["32"]
+    bad = {**passes, "apply": {**passes["apply"], "rows": 128, "warps": 1}}
+    tiles = {**given, "NVIDIA A10": {"float32": {"32": bad}}}
+    monkeypatch.setattr(dispatch, "table", lambda folder: {"tiles": tiles, "auto": []})
+    assert ("NVIDIA A10", "float32", "32") in gpu.rows_of(PACKAGE / "linear_attention")
+    for device, cards, spills in (("NVIDIA A10", (89,), True), ("default", (90,), False)):
+        assert gpu.take(monkeypatch, device, (90,)) == cards
+        kernels = {k.name: k for k in gpu.pallas_kernels(*attention_program("float32", 32, "pallas"), sm=cards[0])}
+        assert (gpu.compile_pallas(kernels["linear_attention_apply"], cards[0]).spills > 0) == spills
 
 
 def test_too_much_shared_memory_is_caught():

@@ -80,7 +80,7 @@ def of(dtype, args):
 def test_the_door(name):
     op, args = getattr(ops, name), OPS[name]
     assert ops.KERNELS[0] == "auto" and jax.eval_shape(lambda: op(*args)).dtype == jnp.float32
-    with pytest.raises(InputError, match="implementation='cuda': must be auto, .* or jax_triton"):
+    with pytest.raises(InputError, match="kernels='cuda': must be one of 'auto', .*'jax_triton'"):
         op(*args, kernels="cuda")
     # Kernels have two types, plain XLA has all of them: "auto" finds it, and a name is taken at its word.
     half = of(jnp.float16, args)

@@ -1,5 +1,6 @@
 """Kernels on eight devices: what is cut over them gives what one device gives, and is not gathered."""
 
+import functools
 import os
 import re
 
@@ -102,6 +103,27 @@ def test_left_alone_a_kernel_gathers():
         return ops.adaln.add_gated(x, gate[:, 0, 0], y, implementation="pallas_interpret")
 
     assert "all-gather" in COLLECTIVE.findall(jax.jit(bare).lower(*placed).compile().as_text())
+
+
+def test_vmap_goes_through_the_door():
+    _, args, _ = with_gradients("add_gated")
+
+    def total(kernels, *args):
+        return jax.vmap(lambda *args: ops.add_gated(*args, kernels=kernels))(*(jnp.stack([a, 2 * a]) for a in args)).sum()
+
+    ours, want = (jax.jit(jax.grad(functools.partial(total, kernels), argnums=(0, 1, 2))) for kernels in ("pallas_interpret", "xla"))
+    assert max(differences(ours(*args), want(*args))) < 2e-6
+
+
+def test_sizes_are_limited_by_the_image():
+    """A kernel takes any batch, and DC-AE's largest picture."""
+    wide = jax.ShapeDtypeStruct((400, 32, 32, 11200), jnp.bfloat16)
+    taps = jnp.zeros((3, 3, 11200)), jnp.zeros(11200)
+    out = jax.eval_shape(functools.partial(ops.mix_ffn, kernels="pallas_interpret"), wide, *taps)
+    assert out.shape == (400, 32, 32, 5600)
+    picture = jax.ShapeDtypeStruct((1, 4096, 4096, 128), jnp.bfloat16)
+    norm = functools.partial(ops.add_rms_norm, kernels="pallas_interpret")
+    assert jax.eval_shape(norm, picture, picture, jnp.zeros(128), jnp.zeros(128)).shape == picture.shape
 
 
 def test_axes_of_the_mesh_are_used_once_and_evenly():
