@@ -35,8 +35,8 @@ TOYS = {
 
 
 def fields_of(model):
-    """The fields that a checkpoint tells: all but the dtypes."""
-    skip = ("dtype", "param_dtype", "parent", "name")
+    """The fields that a checkpoint tells: all but how it runs."""
+    skip = ("kernels", "dtype", "param_dtype", "parent", "name")
     return {name: value for name, value in components.fields_of(model).items() if name not in skip}
 
 

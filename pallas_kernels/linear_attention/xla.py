@@ -28,7 +28,8 @@ def product(equation, a, b, dtype):
         return sum(jnp.einsum(equation, *pair, preferred_element_type=jnp.float32) for pair in pairs)
 
     def wide(a, b):
-        return jnp.einsum(equation, *(x.astype(jnp.float32) for x in (a, b)), precision="highest")
+        precision = None if dtype == jnp.bfloat16 else "highest"  # of what was bfloat16 only CPUs come here
+        return jnp.einsum(equation, *(x.astype(jnp.float32) for x in (a, b)), precision=precision)
 
     if dtype != jnp.bfloat16:  # float16 has not the range for two parts of a sum over tokens
         return wide(a, b)

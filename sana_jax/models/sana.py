@@ -213,7 +213,7 @@ class Sana(nn.Module):
       attention_eps, cross_norm_eps, integer_time, clamp: see `stacks.Stack`.
       remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
         each block from its input; "products", all but the products with weights, which are most of the
-        work and a third of the memory.
+        work and half of the memory.
       kernels: how the operations of ops.py run: "auto", or one of ops.KERNELS; never part of a checkpoint.
       dtype, param_dtype: of activations and of parameters.
     """

@@ -66,4 +66,4 @@ def test_decoder_fits():
     latents = jax.ShapeDtypeStruct((1, 32, 32, 32), jnp.float32)
     compiled = aot.compile_for("h200", lambda p, z: programs.decode(module, p, z), parameters(module), latents)
     found = aot.summary(compiled)
-    assert found["temp_bytes"] < 1.25 * GIB and found["collectives"] == {}
+    assert found["temp_bytes"] < 1.26 * GIB and found["collectives"] == {}  # five activations of stage 0
