@@ -133,13 +133,16 @@ def choose(op, folder, implementation, dtype, sizes, obstacle):
       op, folder: the name of the operation, for messages, and where its tiles.json lies.
       implementation: one of IMPLEMENTATIONS.
       dtype, sizes: of the call, {name: int}, as in the rows of `auto`.
-      obstacle: None, or the KernelError that a kernel would raise for these arguments.
+      obstacle: () -> None, or the KernelError that a kernel would raise for these arguments.
     Raises:
       KernelError: no such implementation, or a kernel is asked for by name and cannot run.
     """
     require(implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), listed(IMPLEMENTATIONS))
+    if implementation not in ("auto", *KERNELS):
+        return implementation  # without a look at the device
+    obstacle = obstacle()
     if implementation != "auto":
-        if obstacle is not None and implementation in KERNELS:
+        if obstacle is not None:
             raise obstacle
         return implementation
     device = device_kind()

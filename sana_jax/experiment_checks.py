@@ -9,6 +9,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from sana_jax import ops
 from sana_jax.data.folder import Folder
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.data.tar import Tar
@@ -157,6 +158,7 @@ def _model(config):
 @functools.lru_cache(8)
 def parameter_paths(model):
     """["blocks/self_attn/qkv/kernel", ...]; traced, so that no device is needed for the random key."""
+    model = ops.plain(model)  # JAX is not to look for devices before the processes of a job have met
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
     return list(flax.traverse_util.flatten_dict(shapes, sep="/"))
 

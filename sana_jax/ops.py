@@ -92,6 +92,15 @@ def dense(x, kernel, bias):
     return narrow(x, kernel, bias) if x.dtype == jnp.float32 else by_platform(wide, narrow)(x, kernel, bias)
 
 
+def plain(module):
+    """The module with its operations in plain JAX, which look at no device: the same parameters and work.
+    Raises InputError where it names an implementation that there is not."""
+    if not hasattr(module, "kernels"):
+        return module
+    require_choice("kernels", module.kernels, KERNELS)
+    return module.clone(kernels="xla")
+
+
 def through_the_door(op, *args, kernels, **options):
     """An operation of pallas_kernels, cut over devices as its arrays are.
 

@@ -229,8 +229,8 @@ def test_what_is_written_is_what_dispatch_reads(tmp_path, monkeypatch):
     (folder / "tiles.json").write_text(json.dumps(written))
     monkeypatch.setattr(dispatch, "device_kind", lambda: "card")
     sizes = dict(tokens=2048, b=2, h=32, w=32, c=5600, first_silu=1)
-    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes, None) == "pallas"
-    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes | {"tokens": 2047}, None) == "xla"
+    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes, lambda: None) == "pallas"
+    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes | {"tokens": 2047}, lambda: None) == "xla"
     assert new["speedup"] == 2
 
 

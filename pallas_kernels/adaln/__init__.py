@@ -75,7 +75,7 @@ def choose(op, x, implementation):
     """The name of the implementation to run."""
     b, n, d = x.shape
     sizes = dict(tokens=b * n, b=b, n=n, d=d, gated=int(op == "add_gated"))  # two operations share the rows of "auto"
-    return dispatch.choose(op, FOLDER, implementation, x.dtype, sizes, obstacle(op, x))
+    return dispatch.choose(op, FOLDER, implementation, x.dtype, sizes, functools.partial(obstacle, op, x))
 
 
 def _passes(op, name, array, vector, partition, **options):

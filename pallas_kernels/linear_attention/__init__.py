@@ -63,7 +63,7 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
         require(norm_eps > 0, OP, "norm_eps", norm_eps, "a positive number")
         norm = reciprocal_rms(qkv, norm_eps), norm_scale.astype(dispatch.wide(qkv.dtype))
     sizes = dict(tokens=b * n, b=b, n=n, k=k, c=c)
-    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, obstacle(qkv))
+    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, functools.partial(obstacle, qkv))
     return _linear_attention(qkv, norm, float(eps), name, partition)
 
 

@@ -57,7 +57,7 @@ def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto", partition=N
     require(jnp.shape(bias) == (width,), OP, "bias.shape", jnp.shape(bias), f"{(width,)}")
     b, h, w, _ = y.shape
     sizes = dict(tokens=b * h * w, b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
-    name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, obstacle(y))
+    name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, functools.partial(obstacle, y))
     kernel, bias = (a.astype(dispatch.wide(y.dtype)) for a in (kernel, bias))
     return _mix_ffn(y, kernel, bias, bool(first_silu), name, partition)
 

@@ -49,7 +49,7 @@ def add_rms_norm(x, y, scale, bias, eps=1e-5, implementation="auto", partition=N
     require(eps > 0, OP, "eps", eps, "a positive number")
     b, n, d = x.shape
     sizes = dict(tokens=b * n, b=b, n=n, d=d)
-    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, sizes, obstacle(x))
+    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, sizes, functools.partial(obstacle, x))
     scale, bias = (a.astype(dispatch.wide(x.dtype)) for a in (scale, bias))
     return _add_rms_norm(x, y, scale, bias, float(eps), name, partition)
 

@@ -280,3 +280,12 @@ def test_a_config_is_one_hashable_value(write):
     config = experiment.load(write(TOY))
     assert hash(config) == hash(experiment.load(write(TOY)))
     assert config.data.source == Synthetic(8, 64)
+
+
+def test_checks_ask_for_no_device(tmp_path):
+    """Or the processes of a job could not meet any more: JAX wants to know of them first."""
+    code = "from sana_jax import experiment; from jax._src import xla_bridge as b; "
+    code += "experiment.load('configs/sana_600m_512.py', ['workdir=x']); assert not b.backends_are_initialized(); "
+    code += "import jax; jax.devices(); assert b.backends_are_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
