@@ -37,12 +37,12 @@ def rows_of(folder):
     ]
 
 
-def take(monkeypatch, device, otherwise):
+def take(monkeypatch, device):
     """Takes the tiles of this device, whatever is compiled for; gives the cards to compile them for: the
-    device's own, or those of `otherwise` for "default"."""
+    device's own, or all of SHARED for "default"."""
     monkeypatch.setattr(dispatch, "device_kind", lambda: device)
     if device == "default":
-        return otherwise
+        return tuple(SHARED)
     number = next(number for part, number in dispatch.CAPABILITY.items() if part in device)
     return (min(sm for sm in SHARED if sm >= number),)
 

@@ -49,7 +49,12 @@ CASES = [  # b, n, k, c, dtype, normed; those of float32 are jax-triton's too, i
     (1, 3, 70, 32, "bfloat16", True),
     (1, 37, 36, 32, "bfloat16", False),
 ]
-LARGE = [(1, 16384, 4, 32, "float32", False)] + accuracy.NIGHT * [
+LARGE = [
+    (1, 16384, 4, 32, "float32", False),
+    (1, 1024, 70, 32, "float32", True),
+    (1, 1000, 36, 32, "bfloat16", False),
+]
+LARGE += accuracy.NIGHT * [
     (1, 16384, 4, 32, "bfloat16", True),
     (2, 5000, 3, 64, "float32", True),
     *(

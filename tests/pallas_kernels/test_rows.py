@@ -1,7 +1,7 @@
 """What the operations on rows share: how arrays are cut, over programs and over devices, and the kernels
 for cards that are not there, as test_static.py has them for the others.
 
-SANA_JAX_NIGHT=1 adds widths and cards.
+SANA_JAX_NIGHT=1 adds widths.
 """
 
 import functools
@@ -103,7 +103,7 @@ def fits(report, sm):
     assert report.spills == 0 and report.registers <= 255 and report.shared <= gpu.SHARED[sm], report
 
 
-WIDTHS = (2240, 1152, 1024, 128, 72) if NIGHT else (2240,)  # the widest take most
+WIDTHS = (2240, 128) + (1152, 1024, 72) * NIGHT  # one row of a tile's elements, and many
 
 
 # The operations of a table have a name each in the place of the width, or "any" where there is one.
@@ -118,18 +118,17 @@ TILES = [
 
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_pallas_tiles_fit(op, device, dtype, monkeypatch):
-    cards = (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,)
-    for sm in gpu.take(monkeypatch, device, cards):
+    for sm in gpu.take(monkeypatch, device):
         for d in WIDTHS:
             kernels = gpu.pallas_kernels(*program(op, 2, 1023, d, dtype, "pallas"), sm=sm)
             assert len(kernels) == 2
             for kernel in kernels:
-                fits(gpu.compile_pallas(kernel, sm), 89 if sm == 80 and device == "default" else sm)  # one instruction set, less memory
+                fits(gpu.compile_pallas(kernel, sm), sm)
 
 
-@pytest.mark.parametrize("op, device, dtype", marked(*(row for row in TILES if NIGHT or row[2] == "bfloat16")))
+@pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_jax_triton_tiles_fit(op, device, dtype, monkeypatch):
-    for sm in gpu.take(monkeypatch, device, (80, 89, 90) if NIGHT else (90,)):
+    for sm in gpu.take(monkeypatch, device):
         for d in WIDTHS:
             found = gpu.compile_jax_triton(monkeypatch, *program(op, 2, 1023, d, dtype, "jax_triton"), sm=sm)
             assert len(found) == 2

@@ -1,8 +1,6 @@
 """Every kernel and every tile, for cards that are not there: it lowers, masks, has no race and no spill.
 
-All tiles for all cards in both languages take minutes: by default each tile is compiled once in Pallas,
-those of bfloat16 for two generations of tensor cores, and each kernel once in Triton's own language.
-SANA_JAX_NIGHT=1 adds the rest.
+Every tile of the tables is compiled in both languages for three generations of tensor cores.
 """
 
 import functools
@@ -24,7 +22,6 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.mix_ffn import mix_ffn
 from tests.pallas_kernels import accuracy, gpu
-from tests.pallas_kernels.accuracy import NIGHT
 
 pytestmark = [
     pytest.mark.static,
@@ -77,20 +74,16 @@ def check(report, sm):
 
 @pytest.mark.parametrize("op, device, dtype, width", ROWS)
 def test_pallas_tiles_fit(op, device, dtype, width, monkeypatch):
-    cards = (80, 89, 90) if NIGHT else (80, 90) if dtype == "bfloat16" else (90,)
-    for sm in gpu.take(monkeypatch, device, cards):
+    for sm in gpu.take(monkeypatch, device):
         kernels = gpu.pallas_kernels(*PROGRAMS[op](dtype, width, "pallas"), sm=sm)
         assert kernels
         for kernel in kernels:
-            check(gpu.compile_pallas(kernel, sm), 89 if sm == 80 and device == "default" else sm)  # one instruction set, less memory
+            check(gpu.compile_pallas(kernel, sm), sm)
 
 
-TRITON_ROWS = ROWS if NIGHT else [row for row in ROWS if row[2] == "bfloat16" and row[3] != "16"]
-
-
-@pytest.mark.parametrize("op, device, dtype, width", TRITON_ROWS)
+@pytest.mark.parametrize("op, device, dtype, width", ROWS)
 def test_jax_triton_tiles_fit(op, device, dtype, width, monkeypatch):
-    for sm in gpu.take(monkeypatch, device, (80, 89, 90) if NIGHT else (90,)):
+    for sm in gpu.take(monkeypatch, device):
         found = gpu.compile_jax_triton(monkeypatch, *PROGRAMS[op](dtype, width, "jax_triton"), sm=sm)
         assert found
         for ir, report in found:
@@ -239,8 +232,8 @@ def test_the_tiles_of_a_device_are_compiled(monkeypatch):
     tiles = {**given, "NVIDIA A10": {"float32": {"32": bad}}}
     monkeypatch.setattr(dispatch, "table", lambda folder: {"tiles": tiles, "auto": []})
     assert ("NVIDIA A10", "float32", "32") in gpu.rows_of(PACKAGE / "linear_attention")
-    for device, cards, spills in (("NVIDIA A10", (89,), True), ("default", (90,), False)):
-        assert gpu.take(monkeypatch, device, (90,)) == cards
+    for device, cards, spills in (("NVIDIA A10", (89,), True), ("default", (80, 89, 90), False)):
+        assert gpu.take(monkeypatch, device) == cards
         kernels = {k.name: k for k in gpu.pallas_kernels(*attention_program("float32", 32, "pallas"), sm=cards[0])}
         assert (gpu.compile_pallas(kernels["linear_attention_apply"], cards[0]).spills > 0) == spills
 
