@@ -26,6 +26,9 @@ from sana_jax import ops
 from sana_jax.models.layers import Depthwise, GLUMBConv, RMSNorm
 
 ATTENTION_EPS = 1e-15
+# Of the norms that end a branch, in an untrained model: at 1 every branch is as large as what it is added to,
+# and an image hardly comes through the noise of two dozen of them (docs/log.md).
+BRANCH_INIT = nn.initializers.constant(0.1)
 
 # Padding is explicit because XLA's "SAME" pads (0, 1) at stride 2.
 Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
@@ -122,7 +125,8 @@ class ResBlock(nn.Module):
         y = Conv3x3(d, use_bias=False, name="conv_2", **types)(y)
         if self.batch_norm:
             return x + BatchNorm(param_dtype=self.param_dtype, name="norm")(y)
-        return RMSNorm(use_bias=True, kernels=self.kernels, param_dtype=self.param_dtype, name="norm")(y, x)
+        types = dict(kernels=self.kernels, param_dtype=self.param_dtype)
+        return RMSNorm(use_bias=True, scale_init=BRANCH_INIT, name="norm", **types)(y, x)
 
 
 class GroupedDense(nn.Module):
@@ -190,7 +194,8 @@ class EfficientViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         types = dict(kernels=self.kernels, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(RMSNorm, use_bias=True, kernels=self.kernels, param_dtype=self.param_dtype)
+        norms = dict(kernels=self.kernels, param_dtype=self.param_dtype)
+        norm = functools.partial(RMSNorm, use_bias=True, scale_init=BRANCH_INIT, **norms)
         y = MultiScaleAttention(self.scales, self.head_dim, name="attention", **types)(x)
         x = norm(name="attention_norm")(y, x)
         y = GLUMBConv(4 * x.shape[-1], name="mix_ffn", **types)(x)

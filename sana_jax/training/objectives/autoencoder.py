@@ -15,15 +15,17 @@ NETWORK = lpips.LPIPS()
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """l1 |x' - x| + ssim (1 - SSIM) + lpips LPIPS, each the mean over an image in [-1, 1].
+    """l1 |x' - x| + l2 |x' - x|^2 + ssim (1 - SSIM) + lpips LPIPS, each the mean over an image in [-1, 1].
 
     Attributes:
-      l1, ssim, lpips: weights; a part of weight 0 is not computed.
+      l1, l2, ssim, lpips: weights; a part of weight 0 is not computed.  From nothing, absolute errors are
+        content with what most pixels of a region are, a background, where squared ones see what stands on it.
       lpips_weights: file of `training.lpips`.  Without one LPIPS is left out, and the log says so.
     Stages that train a part only (latent adaptation, decoder) are experiments with `optim.freeze`.
     """
 
     l1: float = 1.0
+    l2: float = 0.0
     ssim: float = 0.1
     lpips: float = 0.1
     lpips_weights: str = ""
@@ -48,6 +50,9 @@ class Autoencoder:
         axes = (1, 2, 3)
         extra = {"l1": jnp.mean(jnp.abs(out - image), axis=axes)}
         loss = self.l1 * extra["l1"]
+        if self.l2:
+            extra["l2"] = jnp.mean(jnp.square(out - image), axis=axes)
+            loss = loss + self.l2 * extra["l2"]
         if self.ssim:
             extra["ssim"] = ssim(out, image, peak=2.0)
             loss = loss + self.ssim * (1 - extra["ssim"])

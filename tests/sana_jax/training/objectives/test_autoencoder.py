@@ -24,7 +24,7 @@ NORMED = PLAIN.clone(  # as the `in` and `mix` models: BatchNorm, ReLU, rearrang
     encoder_depths=(0, 1, 1), decoder_depths=(0, 2, 1),
     rearrange_down=True, rearrange_up=True, decoder_relu=(0, 1), decoder_batch_norm=(0, 1),
 )  # fmt: skip
-LOSS = Autoencoder(ssim=0.3, lpips=0.0)
+LOSS = Autoencoder(l2=0.7, ssim=0.3, lpips=0.0)
 SHAPES = {"linear": (2, 16, 24), "quadratic": (2, 12, 12)}  # of images, by their attention in the last stage
 
 
@@ -73,7 +73,7 @@ def test_loss_and_gradients(module, shape):
     params = dc_ae_toys.to_params(module, peer)
     x = torch.tensor(image).float().permute(0, 3, 1, 2) / 127.5 - 1
     out = peer.decode(peer.encode(x).latent).sample
-    loss = (out - x).abs().mean() + 0.3 * (1 - torch_ssim(out, x).mean())
+    loss = (out - x).abs().mean() + 0.7 * ((out - x) ** 2).mean() + 0.3 * (1 - torch_ssim(out, x).mean())
     table = names.diffusers_rules(dc_ae_toys.fields_of(module))
     constants = [name for name in peer.state_dict() if "running_" in name]
     assert bool(constants) == (module is NORMED)
