@@ -10,6 +10,7 @@ allowed, and the time of the XLA form divided by that of the kernel.
 """
 
 import functools
+import importlib
 import json
 import logging
 import pathlib
@@ -45,9 +46,24 @@ class Cut(NamedTuple):
     factors: str
 
 
-def cut_up(passes, cuts, partition):
-    """(forward, backward) by `partition(function of arrays, Cut)`; as they are where it is None."""
-    return passes if partition is None else tuple(partition(fn, cut) for fn, cut in zip(passes, cuts))
+def passes(package, name, tiles, cuts, partition, names=("forward", "backward"), **options):
+    """(forward, backward) of an implementation, functions of arrays alone.
+
+    Args:
+      package: of the operation; a module of it has functions of these `names`.
+      tiles: () -> the tiles of a kernel.
+      cuts, partition: kernels, which XLA does not see into, go through `partition(function, Cut)` if that is given.
+      options: keywords of the functions.
+    """
+    if name in KERNELS:
+        options["tiles"] = tiles()
+    if name in ("pallas", "pallas_interpret"):
+        name, options["interpret"] = "pallas_triton", name == "pallas_interpret"
+    module = importlib.import_module(f"{package}.{name}")  # here, as Triton may not be installed
+    made = tuple(functools.partial(getattr(module, fn), **options) for fn in names)
+    if partition is None or "tiles" not in options:
+        return made
+    return tuple(partition(fn, cut) for fn, cut in zip(made, cuts))
 
 
 def require(condition, op, argument, value, supported):

@@ -21,7 +21,6 @@ import pathlib
 import jax
 
 from pallas_kernels import dispatch, rows
-from pallas_kernels.adaln import pallas_triton, reference, xla
 from pallas_kernels.dispatch import Cut, require
 
 FOLDER = pathlib.Path(__file__).parent
@@ -80,16 +79,9 @@ def choose(op, x, implementation):
 
 def _passes(op, name, array, vector, partition, **options):
     """(forward, backward) of an implementation, for arrays and vectors such as these."""
-    if name in ("reference", "xla"):
-        module, partition = {"reference": reference, "xla": xla}[name], None
-    else:
-        options["tiles"] = dispatch.tiles(FOLDER, array.dtype, op)
-        if name == "jax_triton":
-            from pallas_kernels.adaln import jax_triton as module
-        else:
-            module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    passes = [functools.partial(getattr(module, f"{op}_{which}"), **options) for which in ("forward", "backward")]
-    return dispatch.cut_up(passes, CUTS[op, vector.shape[0] == array.shape[0]], partition)
+    cuts, names = CUTS[op, vector.shape[0] == array.shape[0]], (f"{op}_forward", f"{op}_backward")
+    tiles = functools.partial(dispatch.tiles, FOLDER, array.dtype, op)
+    return dispatch.passes(__name__, name, tiles, cuts, partition, names, **options)
 
 
 # By operation, and whether each image has a row of its own.

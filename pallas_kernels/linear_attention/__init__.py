@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Cut, KernelError, listed, require
-from pallas_kernels.linear_attention import pallas_triton, reference, xla
 
 OP = "linear_attention"
 FOLDER = pathlib.Path(__file__).parent
@@ -98,17 +97,9 @@ def _cuts(normed):
 
 
 def _passes(name, qkv, norm, eps, partition):
-    """(forward, backward) of an implementation, functions of arrays alone."""
-    if name in ("reference", "xla"):
-        module = {"reference": reference, "xla": xla}[name]
-        return functools.partial(module.forward, eps=eps), functools.partial(module.backward, eps=eps)
-    options = {"eps": eps, "tiles": dispatch.tiles(FOLDER, qkv.dtype, qkv.shape[-1] // 3)}
-    if name == "jax_triton":
-        from pallas_kernels.linear_attention import jax_triton as module
-    else:
-        module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    passes = functools.partial(module.forward, **options), functools.partial(module.backward, **options)
-    return dispatch.cut_up(passes, _cuts(norm is not None), partition)
+    """(forward, backward) of an implementation."""
+    tiles = functools.partial(dispatch.tiles, FOLDER, qkv.dtype, qkv.shape[-1] // 3)
+    return dispatch.passes(__name__, name, tiles, _cuts(norm is not None), partition, eps=eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Cut, KernelError, listed, require
-from pallas_kernels.mix_ffn import pallas_triton, reference, xla
+from pallas_kernels.mix_ffn import pallas_triton
 
 OP = "mix_ffn"
 FOLDER = pathlib.Path(__file__).parent
@@ -84,17 +84,9 @@ CUTS = (
 
 
 def _passes(name, y, first_silu, partition):
-    """(forward, backward) of an implementation, functions of arrays alone."""
-    if name in ("reference", "xla"):
-        module = {"reference": reference, "xla": xla}[name]
-        return tuple(functools.partial(fn, first_silu=first_silu) for fn in (module.forward, module.backward))
-    options = {"first_silu": first_silu, "tiles": dispatch.tiles(FOLDER, y.dtype, WIDTH)}
-    if name == "jax_triton":
-        from pallas_kernels.mix_ffn import jax_triton as module
-    else:
-        module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    passes = functools.partial(module.forward, **options), functools.partial(module.backward, **options)
-    return dispatch.cut_up(passes, CUTS, partition)
+    """(forward, backward) of an implementation."""
+    tiles = functools.partial(dispatch.tiles, FOLDER, y.dtype, WIDTH)
+    return dispatch.passes(__name__, name, tiles, CUTS, partition, first_silu=first_silu)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -20,7 +20,6 @@ import jax
 
 from pallas_kernels import dispatch, rows
 from pallas_kernels.dispatch import Cut, require
-from pallas_kernels.rms_residual import pallas_triton, reference, xla
 
 OP = "add_rms_norm"
 FOLDER = pathlib.Path(__file__).parent
@@ -61,17 +60,8 @@ def obstacle(x):
 
 def _passes(name, x, eps, partition):
     """(forward, backward) of an implementation."""
-    options = {"eps": eps}
-    if name in ("reference", "xla"):
-        module, partition = {"reference": reference, "xla": xla}[name], None
-    else:
-        options["tiles"] = dispatch.tiles(FOLDER, x.dtype, WIDTH)
-        if name == "jax_triton":
-            from pallas_kernels.rms_residual import jax_triton as module
-        else:
-            module, options["interpret"] = pallas_triton, name == "pallas_interpret"
-    passes = [functools.partial(fn, **options) for fn in (module.forward, module.backward)]
-    return dispatch.cut_up(passes, CUTS, partition)
+    tiles = functools.partial(dispatch.tiles, FOLDER, x.dtype, WIDTH)
+    return dispatch.passes(__name__, name, tiles, CUTS, partition, eps=eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
