@@ -76,17 +76,41 @@ def obstacle(y):
         return error
 
 
-# Of forward and backward.  Channels stay together: a cut of them would part values from their gates.
+# Of forward and backward; p: values and gates.  Both of a channel are on one device, so pairs stay together.
 CUTS = (
-    Cut("b h w m, y x m, m -> b h w c", "b"),
-    Cut("b h w m, y x m, m, b h w c -> b h w m, y x m, m", "b"),
+    Cut("b h w p c, y x p c, p c -> b h w c", "b c"),
+    Cut("b h w p c, y x p c, p c, b h w c -> b h w p c, y x p c, p c", "b c"),
 )
+
+
+def in_pairs(a):
+    """[.. 2*c] -> [.. 2 c]."""
+    return a.reshape(*a.shape[:-1], 2, -1)
+
+
+def in_a_row(a):
+    """[.. 2 c] -> [.. 2*c]."""
+    return a.reshape(*a.shape[:-2], -1)
 
 
 def _passes(name, y, first_silu, partition):
     """(forward, backward) of an implementation."""
     tiles = functools.partial(dispatch.tiles, FOLDER, y.dtype, WIDTH)
-    return dispatch.passes(__name__, name, tiles, CUTS, partition, first_silu=first_silu)
+
+    def of_pairs(fn, cut):
+        """Cut where values and gates have an axis of their own; `fn` has them in a row."""
+
+        def paired(*args):
+            out = fn(*map(in_a_row, args[:3]), *args[3:])
+            return tuple(map(in_pairs, out)) if args[3:] else out
+
+        def run(*args):
+            out = partition(paired, cut)(*map(in_pairs, args[:3]), *args[3:])
+            return tuple(map(in_a_row, out)) if args[3:] else out
+
+        return run
+
+    return dispatch.passes(__name__, name, tiles, CUTS, partition and of_pairs, first_silu=first_silu)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -83,6 +83,28 @@ def test_cut_is_uncut(name, mesh):
     assert set(COLLECTIVE.findall(compiled.as_text())) <= {"all-reduce"}
 
 
+def test_channels_of_mix_ffn_are_exchanged_and_not_gathered():
+    """Cut along channels by the projections beside it: a value's gate comes over from another device."""
+    mesh, (y, kernel, bias) = sharding.make_mesh(data=4, tensor=2), with_gradients("mix_ffn")[1]
+    weights = jnp.eye(WIDTH), jnp.ones((WIDTH // 2, 1))
+
+    def projected(kernels, y, expand, kernel, bias, project):
+        return jnp.mean((ops.mix_ffn(y @ expand, kernel, bias, kernels) @ project) ** 2)
+
+    last, first = P(None, "tensor"), P("tensor")
+    specs = P("data"), last, P(None, None, "tensor"), first, first
+    args = y, weights[0], kernel, bias, weights[1]
+    placed = tuple(jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(args, specs))
+    ours, plain = (functools.partial(projected, name) for name in ("pallas_interpret", "xla"))
+    compiled = jax.jit(jax.value_and_grad(ours, argnums=range(5))).lower(*placed).compile()
+    want = jax.jit(jax.value_and_grad(plain, argnums=range(5)))(*args)
+    pairs = zip(*map(jax.tree.leaves, (compiled(*placed), want)))
+    assert max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in jax.device_get(list(pairs))) < 2e-6
+    lines = [line for line in compiled.as_text().splitlines() if COLLECTIVE.search(line)]
+    images = [COLLECTIVE.search(line)[1] for line in lines if f"{B // 4},{SIDE},{SIDE}," in line]
+    assert "all-to-all" in images and "all-gather" not in images, images
+
+
 def test_without_the_sum_over_devices_gradients_are_parts(monkeypatch):
     """The control: those of scale and bias, and nothing else."""
     run, args, gradient = with_gradients("add_rms_norm")
