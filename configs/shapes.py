@@ -81,7 +81,8 @@ autoencoder_256 = dataclasses.replace(
 flow = Experiment(
     name="flow",
     model=Sana(
-        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, **NVLABS.sana_fields()
+        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, unroll=6,
+        **NVLABS.sana_fields(),
     ),
     objective=Flow(dropped_mask="empty", scaling_factor=SCALE),
     data=data(256, 256),

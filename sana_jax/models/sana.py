@@ -214,6 +214,8 @@ class Sana(nn.Module):
       remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
         each block from its input; "products", all but the products with weights, which are most of the
         work and half of the memory.
+      unroll: blocks in a turn of the loop over them.  XLA:CPU trains 1.5 times as fast without a loop
+        (unroll=depth), as it then fuses no slicing of stacked parameters into other work; it compiles longer.
       kernels: how the operations of ops.py run: "auto", or one of ops.KERNELS; never part of a checkpoint.
       dtype, param_dtype: of activations and of parameters.
     """
@@ -234,6 +236,7 @@ class Sana(nn.Module):
     integer_time: bool = False
     clamp: bool = False
     remat: str | None = None
+    unroll: int = 1
     kernels: str = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -243,6 +246,8 @@ class Sana(nn.Module):
             if self.width % getattr(self, field):
                 raise InputError(f"{field}={getattr(self, field)}: must divide width={self.width}")
         require_choice("remat", self.remat, REMAT)
+        if not 1 <= self.unroll <= self.depth:
+            raise InputError(f"unroll={self.unroll}: must be from 1 to depth={self.depth}")
         require_choice("kernels", self.kernels, ops.KERNELS)
         types = (self.dtype, self.param_dtype)
         self.patch_embed = dense_of(self)(self.width)
@@ -258,6 +263,7 @@ class Sana(nn.Module):
         self.blocks = nn.scan(
             REMAT[self.remat](SanaBlock),
             length=self.depth,
+            unroll=self.unroll,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),

@@ -262,9 +262,9 @@ def test_a_run_goes_on_with_some_changes_only(write):
     old = json.loads(json.dumps(experiment.describe(experiment.load(path, ["workdir=a"]))))
     assert experiment.changes(old, experiment.load(path, ["workdir=a"])) == []
     allowed = ["workdir=b", "steps=20", "optim.lr=2e-5", "log.every=5", "data.workers=2", "model.remat=full"]
-    allowed.append("model.kernels=xla")
+    allowed += ["model.kernels=xla", "model.unroll=2"]
     lines = experiment.changes(old, experiment.load(path, allowed))
-    assert len(lines) == 7 and "optim.lr: 0.0001 -> 2e-05" in lines
+    assert len(lines) == 8 and "optim.lr: 0.0001 -> 2e-05" in lines
     forbidden = ["model.depth=3", "data.batch=16", "seed=7", "data.source.seed=1", "optim.ema=0.9", "objective.shift=4"]
     for argument in forbidden:
         with pytest.raises(InputError, match=argument.split("=")[0]):
