@@ -54,7 +54,7 @@ class Autoencoder:
             extra["l2"] = jnp.mean(jnp.square(out - image), axis=axes)
             loss = loss + self.l2 * extra["l2"]
         if self.ssim:
-            extra["ssim"] = ssim(out, image, peak=2.0)
+            extra["ssim"] = ssim(out + 1, image + 1, peak=2.0)  # it compares ratios of means, from black at 0
             loss = loss + self.ssim * (1 - extra["ssim"])
         if "lpips" in frozen.params:
             extra["lpips"] = NETWORK.apply({"params": frozen.params["lpips"]}, out, image)

@@ -43,9 +43,10 @@ def ours(objective, module, params, image):
 
 
 def torch_ssim(a, b):
-    """The published formula with torch's own convolution, images in [-1, 1]."""
+    """The published formula, of values from 0 to 1, with torch's own convolution; images in [-1, 1]."""
     import torch
 
+    a, b = (a + 1) / 2, (b + 1) / 2
     kernel = torch.tensor(np.outer(window(), window()))[None, None].repeat(3, 1, 1, 1)
 
     def mean(x):
@@ -53,7 +54,7 @@ def torch_ssim(a, b):
 
     m, n = mean(a), mean(b)
     va, vb, cov = mean(a * a) - m * m, mean(b * b) - n * n, mean(a * b) - m * n
-    c1, c2 = 0.02**2, 0.06**2
+    c1, c2 = 0.01**2, 0.03**2
     return ((2 * m * n + c1) * (2 * cov + c2) / ((m * m + n * n + c1) * (va + vb + c2))).mean(dim=(1, 2, 3))
 
 
