@@ -1,7 +1,8 @@
 """The kernels of `pallas_triton.py` once more, in Triton's own language and called through jax-triton.
 
-The same tiles, blocks, sums and rounding; what each line is for is said there.  Imported only where
-this implementation is asked for: Triton and jax-triton are optional.
+The same tiles, blocks, sums and rounding; what each line is for is said there.  The number of an image is
+int64, as a batch and its partial sums may have more elements than int32 can count; offsets in an image
+are int32.  Imported only where this implementation is asked for: Triton and jax-triton are optional.
 """
 
 import jax
@@ -54,8 +55,8 @@ def _state_kernel(
     qkv, rstd, scale, N, state, total, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    h, run, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    qkv += i.to(tl.int64) * N * K * 3 * C + h * 3 * C
+    h, run, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    qkv += i * N * K * 3 * C + h * 3 * C
     c = tl.arange(0, C)
     s = scale
     if NORMED:
@@ -79,9 +80,9 @@ def _apply_kernel(
     qkv, rstd, scale, state, total, N, out, EPS: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    h, tile, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, tile, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c, at = tl.arange(0, C), tile * ROWS + tl.arange(0, ROWS)
-    q_at, mask = _at(qkv + i.to(tl.int64) * N * K * 3 * C + h * 3 * C, at, at < N, K * 3 * C, C)
+    q_at, mask = _at(qkv + i * N * K * 3 * C + h * 3 * C, at, at < N, K * 3 * C, C)
     raw = tl.load(q_at, mask=mask, other=0.0)
     s = scale
     if NORMED:
@@ -92,7 +93,7 @@ def _apply_kernel(
     weight = tl.sum(q.to(tl.float32) * z[None, :], axis=1) + EPS
     SPLIT: tl.constexpr = raw.dtype != tl.float32
     y = _dot(q, S, NORMED and SPLIT, SPLIT, raw.dtype) / weight[:, None]
-    out_at, mask = _at(out + i.to(tl.int64) * N * K * C + h * C, at, at < N, K * C, C)
+    out_at, mask = _at(out + i * N * K * C + h * C, at, at < N, K * C, C)
     tl.store(out_at, y.to(raw.dtype), mask=mask)
 
 
@@ -102,8 +103,8 @@ def _dq_kernel(
     K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     NORMED: tl.constexpr,
 ):  # fmt: skip
-    h, run, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    image = i.to(tl.int64) * N * K
+    h, run, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    image = i * N * K
     c = tl.arange(0, C)
     S = tl.load(state + (i * K + h) * C * C + c[:, None] * C + c[None, :])
     z = tl.load(total + (i * K + h) * C + c)
@@ -146,8 +147,8 @@ def _dkv_kernel(
     qkv, rstd, scale, dstate, dtotal, held, N, dqkv, drstd, dscale, K: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    h, tile, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    image = i.to(tl.int64) * N * K * 3 * C + h * 3 * C
+    h, tile, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    image = i * N * K * 3 * C + h * 3 * C
     c, at = tl.arange(0, C), tile * ROWS + tl.arange(0, ROWS)
     k_at, mask = _at(qkv + image + C, at, at < N, K * 3 * C, C)
     raw, v = tl.load(k_at, mask=mask, other=0.0), tl.load(k_at + C, mask=mask, other=0.0)

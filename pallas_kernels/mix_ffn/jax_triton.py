@@ -2,7 +2,9 @@
 
 The same three passes and the same sums; a program takes a run of pixels in the order of memory,
 `rows` * `columns` of them, instead of a rectangle, since Triton has no lists of arrays to hold several
-rows.  Imported only where this implementation is asked for: Triton and jax-triton are optional.
+rows.  The number of an image is int64, as a batch and its partial sums may have more elements than int32
+can count; offsets in an image are int32.  Imported only where this implementation is asked for: Triton and
+jax-triton are optional.
 """
 
 import jax
@@ -81,8 +83,8 @@ def _backward_kernel(
     down, y, kernel, H, W, PARTS, dy, dkernel, dbias, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    image, part = tl.program_id(2), tl.program_id(1)
-    i = image.to(tl.int64) * H * W * WIDTH
+    image, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    i = image * H * W * WIDTH
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < WIDTH
     sums = image * PARTS + part
