@@ -115,12 +115,13 @@ def test_what_is_ragged_is_masked_and_nothing_is_written_twice(op):
 
 
 def test_jax_triton_computes_the_same():
-    """Run by Triton's interpreter, which a process has from its start or not at all."""
+    """Run by Triton's interpreter, which a process has from its start or not at all; and damage to them shows."""
     script = pathlib.Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found and not any(found.values()), found
+    assert found["cases"] and not any(found["cases"].values()), found["cases"]
+    assert found["controls"] and all(found["controls"].values()), found["controls"]
 
 
 @pytest.mark.parametrize("op", PROGRAMS)
