@@ -29,6 +29,7 @@ DTYPES = ("bfloat16", "float32")
 # Channels of a head: tensor cores have no product of fewer than 16, and of 128 `dkv` needs more registers
 # than a thread has, in every tile of 16 or 32 tokens and 8 or 16 warps (from 36 bytes spilled on an A100).
 HEADS = (16, 32, 64)
+NORMED_HEADS = (16, 32)  # with a norm: `dq` of 64 spills 28 to 1260 bytes on an A100 or L4 in every tile tried
 MAX_GRID = 65535  # CUDA's second and third axis
 
 
@@ -37,7 +38,8 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
 
     Args:
       qkv: [b, n, k, 3 * c], for each head its query, key and value side by side, as a dense layer
-        emits them.  Kernels take bfloat16 and float32 and c in HEADS; "xla" and "reference" any c.
+        emits them.  Kernels take bfloat16 and float32 and c in HEADS, with a norm in NORMED_HEADS; "xla"
+        and "reference" take any.
       eps: added to the denominator.
       norm_scale: None, or the scales of the RMS normalisation of queries and keys, [2, k, c].
       norm_eps: of that normalisation.
@@ -62,16 +64,17 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
         require(norm_eps > 0, OP, "norm_eps", norm_eps, "a positive number")
         norm = reciprocal_rms(qkv, norm_eps), norm_scale.astype(dispatch.wide(qkv.dtype))
     sizes = dict(tokens=b * n, b=b, n=n, k=k, c=c)
-    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, functools.partial(obstacle, qkv))
+    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, functools.partial(obstacle, qkv, norm))
     return _linear_attention(qkv, norm, float(eps), name, partition)
 
 
-def obstacle(qkv):
-    """The KernelError that says why no kernel takes this qkv, or None."""
+def obstacle(qkv, norm):
+    """The KernelError that says why no kernel takes this qkv with this norm, or None."""
     b, n, _, width = qkv.shape
     try:
         require(str(qkv.dtype) in DTYPES, OP, "qkv.dtype", qkv.dtype, f"{listed(DTYPES)} for a kernel")
-        require(width // 3 in HEADS, OP, "c", width // 3, f"{listed(HEADS)} for a kernel")
+        heads, which = (HEADS, "a kernel") if norm is None else (NORMED_HEADS, "a kernel with a norm")
+        require(width // 3 in heads, OP, "c", width // 3, f"{listed(heads)} for {which}")
         dispatch.require_addressable(OP, "qkv", qkv)
         smallest = min(tile["rows"] for tile in dispatch.tiles(FOLDER, qkv.dtype, width // 3).values())
         require(n <= MAX_GRID * smallest, OP, "n", n, f"at most {MAX_GRID * smallest} for a kernel")

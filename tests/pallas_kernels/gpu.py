@@ -8,6 +8,7 @@ public says the same: jaxprs of kernels, and the bindings of MLIR that come with
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -19,10 +20,18 @@ import warnings
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import jax
+import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import dispatch
 
+STATIC = [
+    pytest.mark.static,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
+        reason="needs the extra `static`",
+    ),
+]
 KINDS = {80: "NVIDIA A100", 89: "NVIDIA L4", 90: "NVIDIA H100"}
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may have
 
@@ -183,7 +192,55 @@ def writers(equation):
     return counts
 
 
+def faults(program, images={}):
+    """What is wrong with the Pallas kernels of a program, (fn, *avals): ragged accesses without a mask, blocks
+    that several programs write, atomics.
+
+    Args:
+      images: {kernel: numbers of operands and results that it indexes itself, so that no block says what
+        is ragged}: all accesses to these have to be masked.
+    Returns:
+      {(kernel, "no mask", "a race" or "atomic")}.
+    """
+    kernels = {kernel.name: kernel for kernel in pallas_kernels(*program, sm=89)}  # of other cards only the tiles differ
+    calls = pallas_calls(*program)
+    assert {call.params["name"] for call in calls} == set(kernels) and len(calls) == len(kernels)
+    found = set()
+    for call in calls:
+        kernel = kernels[call.params["name"]]
+        taken = ragged(call) | images.get(kernel.name, set())
+        assert taken
+        if taken & set(unmasked(kernel)):
+            found.add((kernel.name, "no mask"))
+        if set(writers(call)) != {1}:
+            found.add((kernel.name, "a race"))
+        if b"atomic" in kernel.ir:
+            found.add((kernel.name, "atomic"))
+    return found
+
+
 # --- Registers, by the compiler and the assembler of the Triton package.
+
+
+def check(report, sm):
+    assert report.spills == 0 and report.registers <= 255 and report.shared <= SHARED[sm], report
+
+
+def check_pallas(program, sm):
+    """Compiles and checks the Pallas kernels of a program; gives how many there are."""
+    kernels = pallas_kernels(*program, sm=sm)
+    for kernel in kernels:
+        check(compile_pallas(kernel, sm), sm)
+    return len(kernels)
+
+
+def check_jax_triton(monkeypatch, program, sm):
+    """The same of its jax-triton kernels, which must have no atomics."""
+    found = compile_jax_triton(monkeypatch, *program, sm=sm)
+    for ir, report in found:
+        assert "atomic" not in ir
+        check(report, sm)
+    return len(found)
 
 
 def assemble(ptx, shared, sm):

@@ -43,7 +43,7 @@ def truth(args, gradient, eps=EPS):
 CASES = [  # b, n, k, c, dtype, normed; those of float32 are jax-triton's too, in interpreted.py
     (1, 40, 2, 16, "float32", False),
     (2, 75, 2, 16, "float32", True),
-    (1, 33, 1, 64, "float32", True),
+    (1, 33, 1, 64, "float32", False),
     (3, 130, 1, 32, "bfloat16", True),
     (2, 65, 1, 64, "bfloat16", False),
     (1, 3, 70, 32, "bfloat16", True),
@@ -56,7 +56,7 @@ LARGE = [
 ]
 LARGE += accuracy.NIGHT * [
     (1, 16384, 4, 32, "bfloat16", True),
-    (2, 5000, 3, 64, "float32", True),
+    (2, 5000, 3, 64, "float32", False),
     *(
         (1 + (n + k) % 3, n, k, 32, dtype, normed)
         for n in (31, 256, 1000, 1024)
@@ -93,7 +93,8 @@ def test_twice_gives_the_same_bits(implementation):
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_arrays(case, monkeypatch):
-    accuracy.coarse(monkeypatch, rows=max(256, case[1] // 2 + 1))
+    if not accuracy.NIGHT:  # then the tiles of the table
+        accuracy.coarse(monkeypatch, rows=max(256, case[1] // 2 + 1))
     run.cache_clear()
     check(case)
     run.cache_clear()
@@ -199,6 +200,10 @@ def test_little_is_kept_for_the_backward_pass():
         (dict(dtype="int32"), "qkv.dtype=int32: must be a float type"),
         (dict(dtype="float16", implementation="pallas"), "qkv.dtype=float16: must be bfloat16 or float32 for a kernel"),
         (dict(shape=(2, 8, 1, 24), implementation="pallas_interpret"), "c=8: must be 16, 32 or 64 for a kernel"),
+        (
+            dict(shape=(2, 8, 1, 192), norm_scale=jnp.ones((2, 1, 64)), implementation="pallas_interpret"),
+            "c=64: must be 16 or 32 for a kernel with a norm",
+        ),
         (dict(shape=(1, 400_000, 70, 96), implementation="jax_triton"), r"qkv\[0\].size=2688000000: .*int32"),
         (dict(shape=(70_000, 1, 1, 96), implementation="pallas"), "b=70000: must be at most 65535"),
         (dict(eps=0.0), "eps=0.0: must be a positive number"),

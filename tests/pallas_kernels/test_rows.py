@@ -5,8 +5,7 @@ SANA_JAX_NIGHT=1 adds widths.
 """
 
 import functools
-import importlib.util
-import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from pallas_kernels.adaln import add_gated, modulate
 from pallas_kernels.rms_residual import add_rms_norm
 from tests.pallas_kernels import accuracy, gpu, test_adaln, test_rms_residual
 
-NIGHT = os.environ.get("SANA_JAX_NIGHT") == "1"
+F32 = jnp.float32
 OPS = [modulate, add_gated, add_rms_norm]
 
 
@@ -73,17 +72,8 @@ def test_a_cut_changes_nothing(monkeypatch, op, r):
 
 # --- Without a GPU.
 
-static = [
-    pytest.mark.static,
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
-        reason="needs the extra `static`",
-    ),
-]
-
-
 def marked(*cases):
-    return [pytest.param(*case, marks=static) for case in cases]
+    return [pytest.param(*case, marks=gpu.STATIC) for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +89,8 @@ def program(op, b, n, d, dtype, implementation):
     return accuracy.with_gradients(functools.partial(op, implementation=implementation)), args[op], whole
 
 
-def fits(report, sm):
-    assert report.spills == 0 and report.registers <= 255 and report.shared <= gpu.SHARED[sm], report
-
-
-WIDTHS = (2240, 128) + (1152, 1024, 72) * NIGHT  # one row of a tile's elements, and many
+N = 65535  # rows, of which a run has several tiles
+WIDTHS = (2240, 128) + (1152, 1024, 72) * accuracy.NIGHT  # one row of a tile's elements, and many
 
 
 # The operations of a table have a name each in the place of the width, or "any" where there is one.
@@ -116,46 +103,70 @@ TILES = [
 ]
 
 
+def small(op):
+    return program(op, 2, 97, 72, "bfloat16", "pallas")
+
+
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_pallas_tiles_fit(op, device, dtype, monkeypatch):
     for sm in gpu.take(monkeypatch, device):
         for d in WIDTHS:
-            kernels = gpu.pallas_kernels(*program(op, 2, 1023, d, dtype, "pallas"), sm=sm)
-            assert len(kernels) == 2
-            for kernel in kernels:
-                fits(gpu.compile_pallas(kernel, sm), sm)
+            assert gpu.check_pallas(program(op, 2, N, d, dtype, "pallas"), sm) == 2
 
 
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_jax_triton_tiles_fit(op, device, dtype, monkeypatch):
     for sm in gpu.take(monkeypatch, device):
         for d in WIDTHS:
-            found = gpu.compile_jax_triton(monkeypatch, *program(op, 2, 1023, d, dtype, "jax_triton"), sm=sm)
-            assert len(found) == 2
-            for ir, report in found:
-                assert "atomic" not in ir
-                fits(report, sm)
+            assert gpu.check_jax_triton(monkeypatch, program(op, 2, N, d, dtype, "jax_triton"), sm) == 2
 
 
 @pytest.mark.parametrize("op", marked(*((op,) for op in OPS)))
 def test_what_is_ragged_is_masked_and_nothing_is_written_twice(op):
-    call = program(op, 2, 97, 72, "bfloat16", "pallas")
-    kernels = {kernel.name: kernel for kernel in gpu.pallas_kernels(*call, sm=89)}
-    calls = gpu.pallas_calls(*call)
-    assert {call.params["name"] for call in calls} == set(kernels) and len(calls) == 2
-    for call in calls:
-        kernel = kernels[call.params["name"]]
-        taken = gpu.ragged(call)
-        assert len(taken) >= 4 and not taken & set(gpu.unmasked(kernel)), kernel.name
-        assert set(gpu.writers(call)) == {1}, kernel.name
-        assert b"atomic" not in kernel.ir
+    assert gpu.faults(small(op)) == set()
+
+
+@pytest.mark.parametrize("op", marked(*((op,) for op in OPS)))
+def test_jax_triton_under_vmap_scan_and_remat(op):
+    """Its calls know none of these; the forward and backward passes are lowered under all three."""
+    fn = functools.partial(op, implementation="jax_triton")
+    call = {
+        modulate: lambda x, v: fn(x, v[None], v[None]),
+        add_gated: lambda x, v: fn(x, v[None], x),
+        add_rms_norm: lambda x, v: fn(x, x, v, v),
+    }[op]
+
+    def loss(x, v):
+        images = jax.checkpoint(jax.vmap(lambda one: call(one[None], v)))
+        return jax.lax.scan(lambda total, some: (total + images(some).sum(), None), jnp.zeros((), x.dtype), x)[0]
+
+    assert gpu.lower(jax.grad(loss), jax.ShapeDtypeStruct((2, 3, 8, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16,), F32))
+
+
+# --- Negative controls: each check finds what it is there for.
 
 
 @pytest.mark.parametrize("op", marked((modulate,)))
 def test_a_missing_mask_is_caught(op, monkeypatch):
     monkeypatch.setattr(rows, "load", lambda ref, mask: ref[...])
-    call = program(op, 2, 97, 72, "bfloat16", "pallas")
     if jax.__version_info__ < (0, 12):  # which masks by itself
-        ragged = {equation.params["name"]: gpu.ragged(equation) for equation in gpu.pallas_calls(*call)}
-        for kernel in gpu.pallas_kernels(*call):
-            assert ragged[kernel.name] & set(gpu.unmasked(kernel)), kernel.name
+        assert "no mask" in {what for _, what in gpu.faults(small(op))}
+
+
+@pytest.mark.parametrize("op", marked((add_gated,)))
+def test_a_race_is_caught(op, monkeypatch):
+    """Every image writes the block of the first."""
+    block = rows.pl.BlockSpec
+
+    def first(shape, index_map):
+        return block(shape, lambda t, i: index_map(t, 0))
+
+    monkeypatch.setattr(rows, "pl", types.SimpleNamespace(**{**vars(rows.pl), "BlockSpec": first}))
+    assert "a race" in {what for _, what in gpu.faults(small(op))}
+
+
+@pytest.mark.parametrize("op", marked((modulate,)))
+def test_a_spill_is_caught(op, monkeypatch):
+    accuracy.coarse(monkeypatch, elements=16384, warps=2)
+    with pytest.raises(AssertionError, match="spills="):
+        gpu.check_pallas(program(op, 2, N, 2240, "float32", "pallas"), 90)
