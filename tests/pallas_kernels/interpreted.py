@@ -81,6 +81,7 @@ def main():
     from pallas_kernels import dispatch
     from tests.pallas_kernels import accuracy, test_adaln, test_linear_attention, test_mix_ffn, test_rms_residual
 
+    dispatch.platform = lambda: "gpu"  # what stands in for it takes these kernels
     found = {}
     for case in test_linear_attention.CASES:
         if case[4] == "float32":
