@@ -138,7 +138,7 @@ def test_vmap_goes_through_the_door():
 
 
 def test_sizes_are_limited_by_the_image():
-    """A kernel takes any batch, and DC-AE's largest picture."""
+    """A kernel takes a batch of more elements than an image may have, and DC-AE's largest picture."""
     wide = jax.ShapeDtypeStruct((400, 32, 32, 11200), jnp.bfloat16)
     taps = jnp.zeros((3, 3, 11200)), jnp.zeros(11200)
     out = jax.eval_shape(functools.partial(ops.mix_ffn, kernels="pallas_interpret"), wide, *taps)
