@@ -11,9 +11,11 @@ allowed, and the time of the XLA form divided by that of the kernel.
 
 import functools
 import importlib
+import importlib.util
 import json
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +23,10 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas", "pallas_interpret", "jax_triton")
 KERNELS = ("pallas", "pallas_interpret", "jax_triton")
+GPU_ONLY = ("pallas", "jax_triton")
+DTYPES = ("bfloat16", "float32")  # that kernels take
 MAX_ELEMENTS = 2**31 - 1  # of an image: kernels address its elements with int32
+MAX_GRID = 65535  # programs along CUDA's second and third axis
 
 # What Triton compiles for, by a part of the device's name.
 CAPABILITY = {"A100": 80, "A30": 80, "A10": 86, "L4": 89, "RTX 4090": 89, "H100": 90, "H200": 90, "GH200": 90}
@@ -46,24 +51,50 @@ class Cut(NamedTuple):
     factors: str
 
 
-def passes(package, name, tiles, cuts, partition, names=("forward", "backward"), **options):
+class How(NamedTuple):
+    """How an operation runs.
+
+    name: an implementation, not "auto".
+    or_xla: whether "xla" takes its place on platforms that it does not run on: nobody asked for it by name.
+    partition: None, or what kernels, which XLA does not see into, go through: `partition(function, Cut)`.
+    """
+
+    name: str
+    or_xla: bool
+    partition: Callable | None
+
+
+def passes(package, how, tiles, cuts, names=("forward", "backward"), **options):
     """(forward, backward) of an implementation, functions of arrays alone.
 
     Args:
       package: of the operation; a module of it has functions of these `names`.
       tiles: () -> the tiles of a kernel.
-      cuts, partition: kernels, which XLA does not see into, go through `partition(function, Cut)` if that is given.
+      cuts: of the functions, for `how.partition`.
       options: keywords of the functions.
     """
-    if name in KERNELS:
-        options["tiles"] = tiles()
-    if name in ("pallas", "pallas_interpret"):
-        name, options["interpret"] = "pallas_triton", name == "pallas_interpret"
-    module = importlib.import_module(f"{package}.{name}")  # here, as Triton may not be installed
-    made = tuple(functools.partial(getattr(module, fn), **options) for fn in names)
-    if partition is None or "tiles" not in options:
+    if how.name not in KERNELS:
+        return _functions(package, how.name, names, options)
+    made = _functions(package, how.name, names, options | {"tiles": tiles()})
+    if how.partition is not None:
+        made = tuple(how.partition(fn, cut) for fn, cut in zip(made, cuts))
+    if not how.or_xla or how.name not in GPU_ONLY:
         return made
-    return tuple(partition(fn, cut) for fn, cut in zip(made, cuts))
+    return tuple(map(_on_cuda, made, _functions(package, "xla", names, options)))
+
+
+def _functions(package, name, names, options):
+    if name in ("pallas", "pallas_interpret"):
+        name, options = "pallas_triton", options | {"interpret": name == "pallas_interpret"}
+    module = importlib.import_module(f"{package}.{name}")  # here, as Triton may not be installed
+    return tuple(functools.partial(getattr(module, fn), **options) for fn in names)
+
+
+def _on_cuda(kernel, other):
+    """The kernel in what is lowered for CUDA; the card that is traced for may not be where a program runs.
+
+    Compiled even where the rest is not: only then is the platform that of the arguments."""
+    return jax.jit(lambda *args: jax.lax.platform_dependent(*args, cuda=kernel, default=other))
 
 
 def require(condition, op, argument, value, supported):
@@ -80,11 +111,13 @@ def require_float(op, name, array):
     require(jnp.issubdtype(array.dtype, jnp.floating), op, f"{name}.dtype", array.dtype, "a float type")
 
 
-def require_addressable(op, name, array):
-    """Raises KernelError if an image, array[0], has more elements than a kernel can address."""
-    size = array.size // array.shape[0]
+def require_for_kernels(op, name, array):
+    """Raises KernelError: an array [b ...] of a type, or with images of a size or number, that no kernel takes."""
+    require(str(array.dtype) in DTYPES, op, f"{name}.dtype", array.dtype, f"{listed(DTYPES)} for a kernel")
+    b, size = array.shape[0], array.size // array.shape[0]
     limit = f"at most {MAX_ELEMENTS} for a kernel, whose offsets in an image are int32"
     require(size <= MAX_ELEMENTS, op, f"{name}[0].size", size, limit)
+    require(b <= MAX_GRID, op, "b", b, f"at most {MAX_GRID} for a kernel")
 
 
 def listed(values):
@@ -98,10 +131,35 @@ def abstract_device():
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
+def traced_for():
+    """The device that the program is traced for, which may be lowered for another."""
+    device = abstract_device() or jax.config.jax_default_device or jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
 def device_kind():
     """The name of the card that the program is traced for."""
-    device = abstract_device()
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return traced_for().device_kind
+
+
+def platform():
+    """The platform that the program is traced for: "gpu", "cpu" and others."""
+    return traced_for().platform
+
+
+def installed(implementation):
+    """Whether the packages are there that an implementation needs beside jax."""
+    return implementation != "jax_triton" or importlib.util.find_spec("jax_triton") is not None
+
+
+def require_runnable(op, implementation):
+    """Raises KernelError: a kernel that is not for the platform at hand, or not installed."""
+    here, value = platform(), repr(implementation)
+    others = listed(name for name in IMPLEMENTATIONS if name not in GPU_ONLY)
+    runs = here == "gpu" or implementation not in GPU_ONLY
+    require(runs, op, "implementation", value, f"{others} on a {here}; this one needs an NVIDIA GPU")
+    others = listed(name for name in IMPLEMENTATIONS if name != implementation)
+    require(installed(implementation), op, "implementation", value, f"{others}; {implementation} is not installed")
 
 
 def capability():
@@ -142,35 +200,43 @@ def holds(row, device, dtype, sizes):
     )
 
 
-def choose(op, folder, implementation, dtype, sizes, obstacle):
+def choose(op, folder, implementation, dtype, sizes, check):
     """The name of the implementation to run.
 
     Args:
       op, folder: the name of the operation, for messages, and where its tiles.json lies.
       implementation: one of IMPLEMENTATIONS.
       dtype, sizes: of the call, {name: int}, as in the rows of `auto`.
-      obstacle: () -> None, or the KernelError that a kernel would raise for these arguments.
+      check: () -> None; raises KernelError where no kernel takes these arguments.
     Raises:
       KernelError: no such implementation, or a kernel is asked for by name and cannot run.
     """
     require(implementation in IMPLEMENTATIONS, op, "implementation", repr(implementation), listed(IMPLEMENTATIONS))
     if implementation not in ("auto", *KERNELS):
         return implementation  # without a look at the device
-    obstacle = obstacle()
     if implementation != "auto":
-        if obstacle is not None:
-            raise obstacle
+        check()
+        require_runnable(op, implementation)
         return implementation
     device = device_kind()
-    row = next((r for r in table(folder)["auto"] if holds(r, device, dtype, sizes)), None)
-    if obstacle is not None:
-        chosen, why = "xla", f"the kernels do not run: {obstacle}"
-    elif row is None:
-        chosen, why = "xla", "no measurement says that a kernel is right and faster"
-    else:
-        chosen, why = row["implementation"], f"measured {row['speedup']:.2f} times as fast as xla"
+    chosen, why = _measured(folder, device, dtype, sizes, check)
     _log(op, device, str(dtype), tuple(sizes.items()), chosen, why)
     return chosen
+
+
+def _measured(folder, device, dtype, sizes, check):
+    """(what "auto" takes, why)."""
+    try:
+        check()
+    except KernelError as error:
+        return "xla", f"the kernels do not run: {error}"
+    rows = [row for row in table(folder)["auto"] if holds(row, device, dtype, sizes)]
+    for row in rows:
+        if installed(name := row["implementation"]):
+            return name, f"measured {row['speedup']:.2f} times as fast as xla"
+    if rows:
+        return "xla", f"{rows[0]['implementation']} was measured to be faster and is not installed"
+    return "xla", "no measurement says that a kernel is right and faster"
 
 
 @functools.cache  # once for each kind of call

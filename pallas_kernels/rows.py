@@ -24,11 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import KernelError, listed, require
+from pallas_kernels.dispatch import listed, require
 
 F32 = jnp.float32
-DTYPES = ("bfloat16", "float32")
-MAX_GRID = 65535  # CUDA's second axis
 
 
 def check(op, arrays, vectors, shapes):
@@ -53,19 +51,13 @@ def check(op, arrays, vectors, shapes):
         require(v.shape == vector.shape, op, f"{name}.shape", v.shape, f"that of {first}, {vector.shape}")
 
 
-def obstacle(op, name, array, tiles):
-    """The KernelError that says why no kernel takes arrays such as this one, called `name`, or None.
+def require_for_kernels(op, name, array, tiles):
+    """Raises KernelError where no kernel takes arrays such as this one, called `name`.
 
     `tiles` is a function that gives {pass: tile}."""
-    b, _, d = array.shape
-    try:
-        require(str(array.dtype) in DTYPES, op, f"{name}.dtype", array.dtype, f"{listed(DTYPES)} for a kernel")
-        dispatch.require_addressable(op, name, array)
-        widest = min(tile["elements"] for tile in tiles().values())
-        require(d <= widest, op, "d", d, f"at most {widest} for a kernel, which holds whole rows")
-        require(b <= MAX_GRID, op, "b", b, f"at most {MAX_GRID} for a kernel")
-    except KernelError as error:
-        return error
+    dispatch.require_for_kernels(op, name, array)
+    d, widest = array.shape[-1], min(tile["elements"] for tile in tiles().values())
+    require(d <= widest, op, "d", d, f"at most {widest} for a kernel, which holds whole rows")
 
 
 def mean_of_channels(x):

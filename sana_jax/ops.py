@@ -4,11 +4,11 @@ Models call these and say which implementation they want, `kernels`; their param
 The operations with kernels are those of pallas_kernels, where each has its formula, its specification
 and its plain JAX, which is what runs on a CPU.  Here are added errors of our own kind and the devices
 that arrays are cut over (partition.py).  Kernels take bfloat16 and float32; of float16 and float64 "auto"
-makes plain JAX, whose sums are float32 in attention and Mix-FFN even of float64.
+makes plain JAX, whose sums are float32, or float64 of float64.
 Shapes: b batch, h w grid, n = h * w tokens, k heads, c channels of a head.
 """
 
-import importlib.util
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,15 @@ from sana_jax.errors import InputError, require_choice
 from sana_jax.partition import over_devices
 
 KERNELS = dispatch.IMPLEMENTATIONS  # names of how an operation runs
-GPU_ONLY = ("pallas", "jax_triton")
 
 
 def require_runnable(kernels):
     """Raises InputError: no such implementation, or this machine does not run it."""
     require_choice("kernels", kernels, KERNELS)
-    if kernels in GPU_ONLY and jax.default_backend() != "gpu":
-        others = dispatch.listed(name for name in KERNELS if name not in GPU_ONLY)
+    if kernels in dispatch.GPU_ONLY and jax.default_backend() != "gpu":
+        others = dispatch.listed(name for name in KERNELS if name not in dispatch.GPU_ONLY)
         raise InputError(f"kernels={kernels!r}: needs an NVIDIA GPU, and this is a {jax.default_backend()}; here: {others}")
-    if kernels == "jax_triton" and not importlib.util.find_spec("jax_triton"):
+    if not dispatch.installed(kernels):
         raise InputError("kernels='jax_triton': jax-triton is not installed: pip install 'sana_jax[cuda13]'")
 
 
@@ -101,6 +100,37 @@ def plain(module):
     return module.clone(kernels="xla")
 
 
+@contextlib.contextmanager
+def our_errors():
+    """A KernelError in it becomes an InputError."""
+    try:
+        yield
+    except KernelError as error:
+        raise InputError(str(error)) from error
+
+
+def require_grids(op, grids, rows=()):
+    """Raises InputError unless the grids are [b, h, w, d], of one shape, and the rows [b, 1, 1, d] or one for
+    all images: what they are made of before kernels see them would hide it.
+
+    Args:
+      grids, rows: {name: array}.
+    """
+    (first, grid), *_ = grids.items()
+    with our_errors():
+        for name, array in grids.items():
+            shape = jnp.shape(array)
+            dispatch.require(len(shape) == 4, op, f"{name}.shape", shape, "[b, h, w, d]")
+            dispatch.require(0 not in shape, op, f"{name}.shape", shape, "without an empty axis")
+            dispatch.require(shape == grid.shape, op, f"{name}.shape", shape, f"that of {first}, {grid.shape}")
+        b, _, _, d = grid.shape
+        allowed = list(dict.fromkeys([(b, 1, 1, d), (1, 1, 1, d)]))
+        for name in rows:
+            shape = jnp.shape(rows[name])
+            dispatch.require(shape in allowed, op, f"{name}.shape", shape, dispatch.listed(allowed))
+            allowed = [shape]
+
+
 def through_the_door(op, *args, kernels, **options):
     """An operation of pallas_kernels, cut over devices as its arrays are.
 
@@ -109,10 +139,8 @@ def through_the_door(op, *args, kernels, **options):
     Raises InputError: what the implementation cannot take.
     """
     require_choice("kernels", kernels, KERNELS)
-    try:
+    with our_errors():
         return op(*args, **options, implementation=kernels, partition=over_devices)
-    except KernelError as error:
-        raise InputError(str(error)) from error
 
 
 def relu_linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, kernels="auto"):
@@ -152,12 +180,14 @@ def modulate(x, shift, scale, kernels="auto"):
 
     x [b, h, w, d]; shift, scale [b or 1, 1, 1, d] float32 -> [b, h, w, d].
     """
+    require_grids("modulate", {"x": x}, {"shift": shift, "scale": scale})
     rows = (shift[:, 0, 0], scale[:, 0, 0])
     return through_the_door(adaln.modulate, tokens(x), *rows, kernels=kernels).reshape(x.shape)
 
 
 def add_gated(x, gate, y, kernels="auto"):
     """x + gate * y with one rounding.  x, y [b, h, w, d]; gate [b or 1, 1, 1, d] float32."""
+    require_grids("add_gated", {"x": x, "y": y}, {"gate": gate})
     gate = gate[:, 0, 0]
     return through_the_door(adaln.add_gated, tokens(x), gate, tokens(y), kernels=kernels).reshape(x.shape)
 
@@ -167,6 +197,7 @@ def add_rms_norm(x, y, scale, bias, eps=1e-5, kernels="auto"):
 
     x, y [b, h, w, d]; scale, bias [d].
     """
+    require_grids("add_rms_norm", {"x": x, "y": y})
     b, _, w, d = x.shape
     large = x.size // b > dispatch.MAX_ELEMENTS  # DC-AE's at 4096 px, by one: then rows of the grid are images
     shape = (-1, w, d) if large else (b, -1, d)
@@ -189,12 +220,10 @@ def depthwise_conv(x, kernel, bias=None):
     Returns:
       [b, h, w, c] in the dtype of x, accumulated in float32.  There is no forward mode (jvp).
     Raises:
-      InputError: a kernel that is not square or of an even side, which has no centre.
+      InputError: a kernel that is not square or of an even side, which has no centre; arrays that do not fit.
     """
-    try:
+    with our_errors():
         return depthwise.depthwise_conv(x, kernel, bias)
-    except KernelError as error:
-        raise InputError(str(error)) from error
 
 
 def cross_attention(q, kv, bias):

@@ -45,7 +45,7 @@ def modulate(x, shift, scale, eps=1e-6, implementation="auto", partition=None):
     require(eps > 0, "modulate", "eps", eps, "a positive number")
     name = choose("modulate", x, implementation)
     shift, scale = (a.astype(dispatch.wide(x.dtype)) for a in (shift, scale))
-    return _modulate(x, shift, scale, float(eps), name, partition)
+    return _modulate(x, shift, scale, float(eps), dispatch.How(name, implementation == "auto", partition))
 
 
 def add_gated(x, gate, y, implementation="auto", partition=None):
@@ -62,26 +62,27 @@ def add_gated(x, gate, y, implementation="auto", partition=None):
     """
     rows.check("add_gated", {"x": x, "y": y}, {"gate": gate}, lambda b, d: [(b, d), (1, d)])
     name = choose("add_gated", x, implementation)
-    return _add_gated(x, gate.astype(dispatch.wide(x.dtype)), y, name, partition)
+    gate = gate.astype(dispatch.wide(x.dtype))
+    return _add_gated(x, gate, y, dispatch.How(name, implementation == "auto", partition))
 
 
-def obstacle(op, x):
-    """The KernelError that says why no kernel of "modulate" or "add_gated" takes this x, or None."""
-    return rows.obstacle(op, "x", x, lambda: dispatch.tiles(FOLDER, x.dtype, op))
+def check(op, x):
+    """Raises KernelError where no kernel of "modulate" or "add_gated" takes this x."""
+    rows.require_for_kernels(op, "x", x, lambda: dispatch.tiles(FOLDER, x.dtype, op))
 
 
 def choose(op, x, implementation):
     """The name of the implementation to run."""
     b, n, d = x.shape
     sizes = dict(tokens=b * n, b=b, n=n, d=d, gated=int(op == "add_gated"))  # two operations share the rows of "auto"
-    return dispatch.choose(op, FOLDER, implementation, x.dtype, sizes, functools.partial(obstacle, op, x))
+    return dispatch.choose(op, FOLDER, implementation, x.dtype, sizes, functools.partial(check, op, x))
 
 
-def _passes(op, name, array, vector, partition, **options):
+def _passes(op, how, array, vector, **options):
     """(forward, backward) of an implementation, for arrays and vectors such as these."""
     cuts, names = CUTS[op, vector.shape[0] == array.shape[0]], (f"{op}_forward", f"{op}_backward")
     tiles = functools.partial(dispatch.tiles, FOLDER, array.dtype, op)
-    return dispatch.passes(__name__, name, tiles, cuts, partition, names, **options)
+    return dispatch.passes(__name__, how, tiles, cuts, names, **options)
 
 
 # By operation, and whether each image has a row of its own.
@@ -105,34 +106,34 @@ CUTS = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _modulate(x, shift, scale, eps, name, partition):
-    return _passes("modulate", name, x, scale, partition, eps=eps)[0](x, shift, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _modulate(x, shift, scale, eps, how):
+    return _passes("modulate", how, x, scale, eps=eps)[0](x, shift, scale)
 
 
-def _modulate_forward(x, shift, scale, eps, name, partition):
-    return _modulate(x, shift, scale, eps, name, partition), (x, scale)
+def _modulate_forward(x, shift, scale, eps, how):
+    return _modulate(x, shift, scale, eps, how), (x, scale)
 
 
-def _modulate_backward(eps, name, partition, kept, gradient):
-    return _passes("modulate", name, *kept, partition, eps=eps)[1](*kept, gradient)
+def _modulate_backward(eps, how, kept, gradient):
+    return _passes("modulate", how, *kept, eps=eps)[1](*kept, gradient)
 
 
 _modulate.defvjp(_modulate_forward, _modulate_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _add_gated(x, gate, y, name, partition):
-    return _passes("add_gated", name, x, gate, partition)[0](x, gate, y)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _add_gated(x, gate, y, how):
+    return _passes("add_gated", how, x, gate)[0](x, gate, y)
 
 
-def _add_gated_forward(x, gate, y, name, partition):
-    return _add_gated(x, gate, y, name, partition), (gate, y)
+def _add_gated_forward(x, gate, y, how):
+    return _add_gated(x, gate, y, how), (gate, y)
 
 
-def _add_gated_backward(name, partition, kept, gradient):
+def _add_gated_backward(how, kept, gradient):
     gate, y = kept
-    return gradient, *_passes("add_gated", name, y, gate, partition)[1](gate, y, gradient)
+    return gradient, *_passes("add_gated", how, y, gate)[1](gate, y, gradient)
 
 
 _add_gated.defvjp(_add_gated_forward, _add_gated_backward)

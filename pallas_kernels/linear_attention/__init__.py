@@ -21,16 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Cut, KernelError, listed, require
+from pallas_kernels.dispatch import MAX_GRID, Cut, listed, require
 
 OP = "linear_attention"
 FOLDER = pathlib.Path(__file__).parent
-DTYPES = ("bfloat16", "float32")
 # Channels of a head: tensor cores have no product of fewer than 16, and of 128 `dkv` needs more registers
 # than a thread has, in every tile of 16 or 32 tokens and 8 or 16 warps (from 36 bytes spilled on an A100).
 HEADS = (16, 32, 64)
 NORMED_HEADS = (16, 32)  # with a norm: `dq` of 64 spills 28 to 1260 bytes on an A100 or L4 in every tile tried
-MAX_GRID = 65535  # CUDA's second and third axis
 
 
 def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="auto", partition=None):
@@ -64,23 +62,19 @@ def linear_attention(qkv, eps, norm_scale=None, norm_eps=1e-5, implementation="a
         require(norm_eps > 0, OP, "norm_eps", norm_eps, "a positive number")
         norm = reciprocal_rms(qkv, norm_eps), norm_scale.astype(dispatch.wide(qkv.dtype))
     sizes = dict(tokens=b * n, b=b, n=n, k=k, c=c)
-    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, functools.partial(obstacle, qkv, norm))
-    return _linear_attention(qkv, norm, float(eps), name, partition)
+    name = dispatch.choose(OP, FOLDER, implementation, qkv.dtype, sizes, functools.partial(check, qkv, norm))
+    how = dispatch.How(name, implementation == "auto", partition)
+    return _linear_attention(qkv, norm, float(eps), how)
 
 
-def obstacle(qkv, norm):
-    """The KernelError that says why no kernel takes this qkv with this norm, or None."""
-    b, n, _, width = qkv.shape
-    try:
-        require(str(qkv.dtype) in DTYPES, OP, "qkv.dtype", qkv.dtype, f"{listed(DTYPES)} for a kernel")
-        heads, which = (HEADS, "a kernel") if norm is None else (NORMED_HEADS, "a kernel with a norm")
-        require(width // 3 in heads, OP, "c", width // 3, f"{listed(heads)} for {which}")
-        dispatch.require_addressable(OP, "qkv", qkv)
-        smallest = min(tile["rows"] for tile in dispatch.tiles(FOLDER, qkv.dtype, width // 3).values())
-        require(n <= MAX_GRID * smallest, OP, "n", n, f"at most {MAX_GRID * smallest} for a kernel")
-        require(b <= MAX_GRID, OP, "b", b, f"at most {MAX_GRID} for a kernel")
-    except KernelError as error:
-        return error
+def check(qkv, norm):
+    """Raises KernelError where no kernel takes this qkv with this norm."""
+    dispatch.require_for_kernels(OP, "qkv", qkv)
+    n, c = qkv.shape[1], qkv.shape[3] // 3
+    heads, which = (HEADS, "a kernel") if norm is None else (NORMED_HEADS, "a kernel with a norm")
+    require(c in heads, OP, "c", c, f"{listed(heads)} for {which}")
+    most = MAX_GRID * min(tile["rows"] for tile in dispatch.tiles(FOLDER, qkv.dtype, c).values())
+    require(n <= most, OP, "n", n, f"at most {most} for a kernel")
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)  # or its backward pass would keep qkv in float32
@@ -99,25 +93,25 @@ def _cuts(normed):
     )
 
 
-def _passes(name, qkv, norm, eps, partition):
+def _passes(how, qkv, norm, eps):
     """(forward, backward) of an implementation."""
     tiles = functools.partial(dispatch.tiles, FOLDER, qkv.dtype, qkv.shape[-1] // 3)
-    return dispatch.passes(__name__, name, tiles, _cuts(norm is not None), partition, eps=eps)
+    return dispatch.passes(__name__, how, tiles, _cuts(norm is not None), eps=eps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _linear_attention(qkv, norm, *how):
-    return _forward(qkv, norm, *how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear_attention(qkv, norm, eps, how):
+    return _forward(qkv, norm, eps, how)[0]
 
 
-def _forward(qkv, norm, eps, name, partition):
-    out, state = _passes(name, qkv, norm, eps, partition)[0](qkv, norm)
+def _forward(qkv, norm, eps, how):
+    out, state = _passes(how, qkv, norm, eps)[0](qkv, norm)
     return out, (qkv, norm, state)
 
 
-def _backward(eps, name, partition, kept, gradient):
+def _backward(eps, how, kept, gradient):
     qkv, norm, state = kept
-    return _passes(name, qkv, norm, eps, partition)[1](qkv, norm, state, gradient)
+    return _passes(how, qkv, norm, eps)[1](qkv, norm, state, gradient)
 
 
 _linear_attention.defvjp(_forward, _backward)

@@ -1,4 +1,5 @@
-"""Plain JAX: products with float32 sums, and a backward pass from qkv and the state alone.
+"""Plain JAX: products with float32 sums, and a backward pass from qkv and the state alone.  Of float64 all
+that is float32 here is float64.
 
 Factors keep their dtype: a bfloat16 q is exact in bfloat16, and the float32 state is two bfloat16
 numbers, so tensor cores give what a float32 product would, without a float32 copy of q.
@@ -8,6 +9,12 @@ factor by itself.  Formulas of the gradients: `__init__.py`.
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+
+
+def widen(x):
+    return x.astype(dispatch.wide(x.dtype))
 
 
 def product(equation, a, b, dtype):
@@ -29,7 +36,7 @@ def product(equation, a, b, dtype):
 
     def wide(a, b):
         precision = None if dtype == jnp.bfloat16 else "highest"  # of what was bfloat16 only CPUs come here
-        return jnp.einsum(equation, *(x.astype(jnp.float32) for x in (a, b)), precision=precision)
+        return jnp.einsum(equation, *(x.astype(dispatch.wide(dtype)) for x in (a, b)), precision=precision)
 
     if dtype != jnp.bfloat16:  # float16 has not the range for two parts of a sum over tokens
         return wide(a, b)
@@ -53,19 +60,19 @@ def features(qkv, norm):
     q, k, v = jnp.split(turned(qkv), 3, axis=-1)
     if norm is not None:
         rstd, scale = widened(norm)
-        q, k = (x.astype(jnp.float32) * rstd[i] * scale[i] for i, x in enumerate((q, k)))
+        q, k = (widen(x) * rstd[i] * scale[i] for i, x in enumerate((q, k)))
     return (q, k), [jnp.where(x <= 0, 0, x) for x in (q, k)], v
 
 
 def weights(q, total, eps):
     """The denominators, [b k n 1] float32."""
-    return jnp.sum(q.astype(jnp.float32) * total[:, :, None], axis=-1, keepdims=True) + eps
+    return jnp.sum(widen(q) * total[:, :, None], axis=-1, keepdims=True) + eps
 
 
 def forward(qkv, norm, eps):
     _, (q, k), v = features(qkv, norm)
     state = product("bknc,bkne->bkce", k, v, qkv.dtype)
-    total = jnp.sum(k, axis=2, dtype=jnp.float32)
+    total = jnp.sum(widen(k), axis=2)
     out = product("bknc,bkce->bkne", q, state, qkv.dtype) / weights(q, total, eps)
     return turned(out.astype(qkv.dtype)), (state, total)
 
@@ -75,17 +82,17 @@ def backward(qkv, norm, residual, gradient, eps):
     before, (q, k), v = features(qkv, norm)
     gradient, weight = turned(gradient), weights(q, total, eps)
     dq = product("bkne,bkce->bknc", gradient, state, qkv.dtype) / weight
-    down = -jnp.sum(q.astype(jnp.float32) * dq, axis=-1, keepdims=True) / weight
+    down = -jnp.sum(widen(q) * dq, axis=-1, keepdims=True) / weight
     dq = dq + down * total[:, :, None]
-    dstate = product("bknc,bkne->bkce", q, gradient.astype(jnp.float32) / weight, qkv.dtype)
-    dtotal = jnp.sum(q.astype(jnp.float32) * down, axis=2)
+    dstate = product("bknc,bkne->bkce", q, widen(gradient) / weight, qkv.dtype)
+    dtotal = jnp.sum(widen(q) * down, axis=2)
     dk = product("bkne,bkce->bknc", v, dstate, qkv.dtype) + dtotal[:, :, None]
     dv = product("bknc,bkce->bkne", k, dstate, qkv.dtype)
     dq, dk = (jnp.where(x <= 0, 0, dx) for x, dx in zip(before, (dq, dk)))
     dnorm = None
     if norm is not None:
         rstd, scale = widened(norm)
-        raw = [x.astype(jnp.float32) for x in jnp.split(turned(qkv), 3, axis=-1)[:2]]
+        raw = [widen(x) for x in jnp.split(turned(qkv), 3, axis=-1)[:2]]
         dscale = jnp.stack([jnp.sum(dx * x * r, axis=(0, 2)) for dx, x, r in zip((dq, dk), raw, rstd)])
         dq, dk = dq * scale[0], dk * scale[1]
         drstd = jnp.stack([jnp.sum(dx * x, axis=(1, 3)) for dx, x in zip((dq, dk), raw)])

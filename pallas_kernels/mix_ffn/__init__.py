@@ -21,14 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Cut, KernelError, listed, require
+from pallas_kernels.dispatch import MAX_GRID, Cut, require
 from pallas_kernels.mix_ffn import pallas_triton
 
 OP = "mix_ffn"
 FOLDER = pathlib.Path(__file__).parent
-DTYPES = ("bfloat16", "float32")
 WIDTH = "any"  # one row of tiles for all numbers of channels
-MAX_GRID = 65535  # CUDA's second and third axis
 
 
 def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto", partition=None):
@@ -57,23 +55,18 @@ def mix_ffn(y, kernel, bias, first_silu=True, implementation="auto", partition=N
     require(jnp.shape(bias) == (width,), OP, "bias.shape", jnp.shape(bias), f"{(width,)}")
     b, h, w, _ = y.shape
     sizes = dict(tokens=b * h * w, b=b, h=h, w=w, c=width // 2, first_silu=int(first_silu))
-    name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, functools.partial(obstacle, y))
+    name = dispatch.choose(OP, FOLDER, implementation, y.dtype, sizes, functools.partial(check, y))
     kernel, bias = (a.astype(dispatch.wide(y.dtype)) for a in (kernel, bias))
-    return _mix_ffn(y, kernel, bias, bool(first_silu), name, partition)
+    how = dispatch.How(name, implementation == "auto", partition)
+    return _mix_ffn(y, kernel, bias, bool(first_silu), how)
 
 
-def obstacle(y):
-    """The KernelError that says why no kernel takes this y, or None."""
-    b, h, w, _ = y.shape
-    try:
-        require(str(y.dtype) in DTYPES, OP, "y.dtype", y.dtype, f"{listed(DTYPES)} for a kernel")
-        dispatch.require_addressable(OP, "y", y)
-        tiles = dispatch.tiles(FOLDER, y.dtype, WIDTH).values()
-        most = max(pallas_triton.blocks_of(h, w, tile) for tile in tiles)
-        require(most <= MAX_GRID, OP, "h, w", (h, w), f"cut into at most {MAX_GRID} blocks for a kernel, not {most}")
-        require(b <= MAX_GRID, OP, "b", b, f"at most {MAX_GRID} for a kernel")
-    except KernelError as error:
-        return error
+def check(y):
+    """Raises KernelError where no kernel takes this y."""
+    dispatch.require_for_kernels(OP, "y", y)
+    h, w = y.shape[1:3]
+    most = max(pallas_triton.blocks_of(h, w, tile) for tile in dispatch.tiles(FOLDER, y.dtype, WIDTH).values())
+    require(most <= MAX_GRID, OP, "h, w", (h, w), f"cut into at most {MAX_GRID} blocks for a kernel, not {most}")
 
 
 # Of forward and backward; p: values and gates.  Both of a channel are on one device, so pairs stay together.
@@ -93,7 +86,7 @@ def in_a_row(a):
     return a.reshape(*a.shape[:-2], -1)
 
 
-def _passes(name, y, first_silu, partition):
+def _passes(how, y, first_silu):
     """(forward, backward) of an implementation."""
     tiles = functools.partial(dispatch.tiles, FOLDER, y.dtype, WIDTH)
 
@@ -105,25 +98,26 @@ def _passes(name, y, first_silu, partition):
             return tuple(map(in_pairs, out)) if args[3:] else out
 
         def run(*args):
-            out = partition(paired, cut)(*map(in_pairs, args[:3]), *args[3:])
+            out = how.partition(paired, cut)(*map(in_pairs, args[:3]), *args[3:])
             return tuple(map(in_a_row, out)) if args[3:] else out
 
         return run
 
-    return dispatch.passes(__name__, name, tiles, CUTS, partition and of_pairs, first_silu=first_silu)
+    paired = how._replace(partition=how.partition and of_pairs)
+    return dispatch.passes(__name__, paired, tiles, CUTS, first_silu=first_silu)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _mix_ffn(y, kernel, bias, first_silu, name, partition):
-    return _passes(name, y, first_silu, partition)[0](y, kernel, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _mix_ffn(y, kernel, bias, first_silu, how):
+    return _passes(how, y, first_silu)[0](y, kernel, bias)
 
 
-def _forward(y, kernel, bias, *how):
-    return _mix_ffn(y, kernel, bias, *how), (y, kernel, bias)
+def _forward(y, kernel, bias, first_silu, how):
+    return _mix_ffn(y, kernel, bias, first_silu, how), (y, kernel, bias)
 
 
-def _backward(first_silu, name, partition, kept, gradient):
-    return _passes(name, kept[0], first_silu, partition)[1](*kept, gradient)
+def _backward(first_silu, how, kept, gradient):
+    return _passes(how, kept[0], first_silu)[1](*kept, gradient)
 
 
 _mix_ffn.defvjp(_forward, _backward)

@@ -18,7 +18,7 @@ def activate(y, first_silu):
 
 
 def split(x, each, kernel, bias):
-    """Value and gate, float32."""
+    """Value and gate, wide."""
     return jnp.split(convolve(x, kernel, each) + bias, 2, axis=-1)
 
 

@@ -48,33 +48,33 @@ def add_rms_norm(x, y, scale, bias, eps=1e-5, implementation="auto", partition=N
     require(eps > 0, OP, "eps", eps, "a positive number")
     b, n, d = x.shape
     sizes = dict(tokens=b * n, b=b, n=n, d=d)
-    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, sizes, functools.partial(obstacle, x))
+    name = dispatch.choose(OP, FOLDER, implementation, x.dtype, sizes, functools.partial(check, x))
     scale, bias = (a.astype(dispatch.wide(x.dtype)) for a in (scale, bias))
-    return _add_rms_norm(x, y, scale, bias, float(eps), name, partition)
+    return _add_rms_norm(x, y, scale, bias, float(eps), dispatch.How(name, implementation == "auto", partition))
 
 
-def obstacle(x):
-    """The KernelError that says why no kernel takes this x, or None."""
-    return rows.obstacle(OP, "x", x, lambda: dispatch.tiles(FOLDER, x.dtype, WIDTH))
+def check(x):
+    """Raises KernelError where no kernel takes this x."""
+    rows.require_for_kernels(OP, "x", x, lambda: dispatch.tiles(FOLDER, x.dtype, WIDTH))
 
 
-def _passes(name, x, eps, partition):
+def _passes(how, x, eps):
     """(forward, backward) of an implementation."""
     tiles = functools.partial(dispatch.tiles, FOLDER, x.dtype, WIDTH)
-    return dispatch.passes(__name__, name, tiles, CUTS, partition, eps=eps)
+    return dispatch.passes(__name__, how, tiles, CUTS, eps=eps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _add_rms_norm(x, y, scale, bias, eps, name, partition):
-    return _passes(name, x, eps, partition)[0](x, y, scale, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _add_rms_norm(x, y, scale, bias, eps, how):
+    return _passes(how, x, eps)[0](x, y, scale, bias)
 
 
-def _forward(x, y, scale, bias, eps, name, partition):
-    return _add_rms_norm(x, y, scale, bias, eps, name, partition), (y, scale)
+def _forward(x, y, scale, bias, eps, how):
+    return _add_rms_norm(x, y, scale, bias, eps, how), (y, scale)
 
 
-def _backward(eps, name, partition, kept, gradient):
-    return gradient, *_passes(name, kept[0], eps, partition)[1](*kept, gradient)
+def _backward(eps, how, kept, gradient):
+    return gradient, *_passes(how, kept[0], eps)[1](*kept, gradient)
 
 
 _add_rms_norm.defvjp(_forward, _backward)

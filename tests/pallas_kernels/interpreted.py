@@ -188,6 +188,7 @@ def cases():
         want = accuracy.exact(run(op, "reference"), args, gradient)
         return Case(op, args, gradient, tiles, slack if narrow else {}, want)
 
+    dispatch.platform = lambda: "gpu"  # what stands in for it takes these kernels
     found = {}
     for sizes in [*test_linear_attention.CASES, *FEW]:
         b, n, k, c, dtype, normed = sizes

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import adaln, rms_residual, rows
+from pallas_kernels import adaln, dispatch, rms_residual, rows
 from pallas_kernels.adaln import add_gated, modulate
 from pallas_kernels.rms_residual import add_rms_norm
 from tests.pallas_kernels import accuracy, gpu, test_adaln, test_rms_residual
@@ -79,6 +79,7 @@ def marked(*cases):
 @pytest.fixture(autouse=True)
 def no_layout_of_the_cpu(monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")  # where calls are looked at and not lowered
 
 
 def program(op, b, n, d, dtype, implementation):

@@ -70,6 +70,7 @@ ROWS = [(op, *row, form) for op in PROGRAMS for row in gpu.rows_of(PACKAGE / op)
 @pytest.fixture(autouse=True)
 def no_layout_of_the_cpu(monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")  # where calls are looked at and not lowered
 
 
 @pytest.mark.parametrize("op, device, dtype, width, form", ROWS)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import depthwise
+from pallas_kernels import depthwise, dispatch
 from sana_jax import ops
 from sana_jax.errors import InputError
 
@@ -92,6 +92,47 @@ def test_the_door(name):
         op(args[0][:, :0], *args[1:])
 
 
+EMPTY = [tuple(0 if i == axis else size for i, size in enumerate(X.shape)) for axis in range(4)]
+FLAT = [(2, 16, 16), (16,)]
+GRIDS = [(2, 2, 8, 16), (2, 8, 2, 16), (2, 1, 16, 16), (1, 4, 4, 16), (2, 4, 4, 8), *FLAT, *EMPTY]
+ROWS = [(2, 4, 4, 16), (2, 4, 1, 16), (2, 1, 4, 16), (3, 1, 1, 16), (0, 1, 1, 16), (2, 1, 1, 8), (1, 1, 1, 1), (2, 16)]
+GRID_ARGUMENTS = {"modulate": (0,), "add_gated": (0, 2), "add_rms_norm": (0, 1)}
+EITHER = r"must be \(2, 1, 1, 16\) or \(1, 1, 1, 16\)"
+MISFITS = [  # (operation, which arguments, their shapes, what is said)
+    *((name, which, FLAT, r"x.shape=.*must be \[b, h, w, d\]") for name, which in GRID_ARGUMENTS.items()),
+    *((name, which, EMPTY, "x.shape=.*without an empty axis") for name, which in GRID_ARGUMENTS.items()),
+    ("modulate", (1,), ROWS, f"shift.shape=.*{EITHER}"),
+    ("modulate", (2,), [(2, 1, 1, 16), *ROWS], r"scale.shape=.*must be \(1, 1, 1, 16\)"),
+    ("add_gated", (1,), ROWS, f"gate.shape=.*{EITHER}"),
+    ("add_gated", (2,), GRIDS, "y.shape=.*must be"),
+    ("add_rms_norm", (1,), GRIDS, "y.shape=.*must be"),
+    ("add_rms_norm", (2,), [(1, 16), (8,), ()], r"scale.shape=.*must be \(16,\)"),
+    ("add_rms_norm", (3,), [(1, 16), (8,), ()], r"bias.shape=.*must be \(16,\)"),
+]
+
+
+@pytest.mark.parametrize("name, which, shapes, message", MISFITS)
+def test_what_does_not_fit_is_refused_and_not_cut_to_fit(name, which, shapes, message):
+    for shape in shapes:
+        args = [jnp.ones(shape) if i in which else arg for i, arg in enumerate(OPS[name])]
+        with pytest.raises(InputError, match=f"^{name}: {message}"):
+            jax.eval_shape(getattr(ops, name), *args)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_each_image_and_of_all(rows):
+    """The control: what models pass."""
+    row = jnp.ones((rows, 1, 1, 16))
+    assert jax.eval_shape(ops.modulate, X, row, row).shape == jax.eval_shape(ops.add_gated, X, row, X).shape == X.shape
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_kernel_by_name_on_a_cpu(name):
+    for kernels in dispatch.GPU_ONLY:
+        with pytest.raises(InputError, match=f"implementation='{kernels}': must be auto, .* on a cpu"):
+            getattr(ops, name)(*OPS[name], kernels=kernels)
+
+
 def test_kernels_that_this_machine_does_not_run(monkeypatch):
     for name in ("pallas", "jax_triton"):
         with pytest.raises(InputError, match=f"kernels='{name}': needs an NVIDIA GPU, and this is a cpu; here: auto"):
@@ -101,7 +142,7 @@ def test_kernels_that_this_machine_does_not_run(monkeypatch):
     ops.require_runnable("xla")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ops.require_runnable("pallas")
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="jax-triton is not installed"):
         ops.require_runnable("jax_triton")
 

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax import ops, partition, sharding
+from pallas_kernels import dispatch
+from sana_jax import aot, ops, partition, sharding
 from sana_jax.models.sana import Sana
 from sana_jax.training import layout
 
@@ -127,6 +128,41 @@ def test_left_alone_a_kernel_gathers():
     assert "all-gather" in COLLECTIVE.findall(jax.jit(bare).lower(*placed).compile().as_text())
 
 
+def taken_by_auto(monkeypatch):
+    """On the cards that are compiled for below."""
+    table = dispatch.table
+    row = dict(device="NVIDIA H200", dtype="float32", implementation="pallas", where={}, error=0, bound=1, speedup=2)
+    monkeypatch.setattr(dispatch, "table", lambda folder: {**table(folder), "auto": [row]})
+
+
+def differentiated(*args):
+    out, pull = jax.vjp(ops.modulate, *args)
+    return out, *pull(out)
+
+
+@pytest.mark.static
+@pytest.mark.skipif(not aot.available(), reason="needs the extra `static`")
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")  # of Pallas, since jax 0.11
+def test_a_kernel_that_auto_took_gathers_nothing(monkeypatch):
+    """It stands in a form for CUDA beside that of XLA, and is cut all the same."""
+    taken_by_auto(monkeypatch)
+    avals = [jax.ShapeDtypeStruct(SHAPES[shape], jnp.float32) for shape in ("grid", "row", "row")]
+    compiled = aot.compile_for("h200", differentiated, *avals, mesh={"data": 8}, in_specs=(P("data"),) * 3)
+    found = aot.summary(compiled)
+    assert sum(found["custom_calls"].values()) == 2 and found["collectives"] == {}
+
+
+def test_and_on_cpus_it_is_that_of_xla(monkeypatch):
+    taken_by_auto(monkeypatch)
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+    _, args, gradient = with_gradients("modulate")
+    placed, _ = on(*MESHES["rows"], "modulate", args, gradient)
+    compiled = jax.jit(differentiated).lower(*placed).compile()
+    out, pull = jax.vjp(functools.partial(ops.modulate, kernels="xla"), *args)
+    assert max(differences(compiled(*placed), (out, *pull(out)))) < 2e-6
+    assert not COLLECTIVE.findall(compiled.as_text())
+
+
 def test_vmap_goes_through_the_door():
     _, args, _ = with_gradients("add_gated")
 
@@ -138,7 +174,7 @@ def test_vmap_goes_through_the_door():
 
 
 def test_sizes_are_limited_by_the_image():
-    """A kernel takes any batch, and DC-AE's largest picture."""
+    """A kernel takes a batch of more elements than an image may have, and DC-AE's largest picture."""
     wide = jax.ShapeDtypeStruct((400, 32, 32, 11200), jnp.bfloat16)
     taps = jnp.zeros((3, 3, 11200)), jnp.zeros(11200)
     out = jax.eval_shape(functools.partial(ops.mix_ffn, kernels="pallas_interpret"), wide, *taps)
