@@ -5,6 +5,7 @@ A set is (arguments, gradient of the result); a pass, "forward" or "both", is a 
 
 import functools
 import importlib
+import itertools
 import math
 from typing import Callable, NamedTuple
 
@@ -18,16 +19,61 @@ OURS = ("xla", "pallas", "pallas_interpret", "jax_triton")  # what has to keep t
 EPS = 1e-15
 
 
+HEAD = 32  # channels of a head, in all models
+
+
 class Sizes(NamedTuple):
-    """Of a transformer, and how many images it has at a time: 2 are a guided pair."""
+    """Of a block, and how many images it has at a time: 2 are a guided pair."""
 
     width: int
-    heads: int
-    ffn: int
+    heads: int = 0  # of attention; with the scales of the DC-AE, each of which adds as many
+    ffn: int = 0
     images: int = 2
 
 
-SIZES = {"1.6B": Sizes(2240, 70, 5600), "0.6B": Sizes(1152, 36, 2880), "toy": Sizes(64, 2, 72)}
+class Part(NamedTuple):
+    """What of a model has the same sizes.
+
+    ops: the operations in it.
+    tokens: of all its images, in order of importance.
+    tuned: the tokens that tiles are sought at.
+    """
+
+    sizes: Sizes
+    ops: tuple
+    tokens: tuple
+    tuned: int
+
+
+TOY = Sizes(64, 2, 72)
+# A row of `auto` for attention speaks for both of its forms, so where there is one the other is measured too.
+ATTENTION = ("linear_attention", "linear_attention, norm")
+
+
+def transformer(width, heads, ffn):
+    ops = (*ATTENTION, "mix_ffn", "modulate", "add_gated")
+    return (Part(Sizes(width, heads, ffn), ops, (2048, 8192, 32768, 512), 8192),)
+
+
+def dc_ae():
+    """F32C32's stages by their width, one image of 1024 or of 512 pixels; stage i has (pixels / 2^i)^2 tokens.
+
+    Stages 3 to 5 attend to tokens and to one scale of neighbourhoods; before them there are norms alone.
+    """
+    def part(width, *tokens, ops=("add_rms_norm",)):
+        return Part(Sizes(width, 2 * width // HEAD, 4 * width, images=1), ops, tokens, tokens[0])
+
+    inner = (*ATTENTION, "mix_ffn", "add_rms_norm")
+    return (
+        part(1024, 4096, 1024, 256, ops=inner),  # stages 4 and 5
+        part(512, 16384, 4096, ops=inner),  # stage 3
+        part(512, 65536),  # stage 2, at 512 px of the size of stage 3
+        part(256, 262144, 65536),
+        part(128, 1048576, 262144),
+    )
+
+
+MODELS = {"1.6B": transformer(2240, 70, 5600), "0.6B": transformer(1152, 36, 2880), "DC-AE": dc_ae()}
 
 
 class Op(NamedTuple):
@@ -123,7 +169,7 @@ def _shape(*axes, dtype=jnp.float32):
 
 
 def _qkv(s, side, dtype):
-    return _shape(s.images, side[0] * side[1], s.heads, 3 * s.width // s.heads, dtype=dtype)
+    return _shape(s.images, side[0] * side[1], s.heads, 3 * HEAD, dtype=dtype)
 
 
 def _grid(s, channels, side, dtype):
@@ -154,7 +200,7 @@ OPS = {
     ),
     "linear_attention, norm": Op(
         "linear_attention", "linear_attention",
-        lambda s, side, dtype: (_qkv(s, side, dtype), _shape(2, s.heads, s.width // s.heads)),
+        lambda s, side, dtype: (_qkv(s, side, dtype), _shape(2, s.heads, HEAD)),
         lambda op, qkv, scale, **how: op(qkv, EPS, scale, **how),
         attention, (0, 1), (0, 1),
         lambda b, n, k, c: dict(tokens=b * n, k=k, c=c // 3), lambda *shape: shape[-1] // 3, slack=1.3,
@@ -278,7 +324,7 @@ class Case(NamedTuple):
         return self.table.auto(*self.shapes()[0][0].shape)
 
     def width(self):
-        """What names its tiles."""
+        """What names its tiles in the table of its folder."""
         return self.table.width(*self.shapes()[0][0].shape)
 
     def tiles(self):
@@ -293,9 +339,39 @@ class Case(NamedTuple):
         back = [args[i] for i in (*self.table.kept, *self.table.wanted)]
         return {"forward": forward, "both": forward + sum(map(nbytes, (*back, out)))}
 
+    def named(self):
+        """What its rows are told apart by."""
+        return {"op": self.op, "width": self.sizes.width, "tokens": self.tokens, "dtype": self.dtype}
+
 
 def nbytes(a):
     return math.prod(a.shape) * jnp.dtype(a.dtype).itemsize
+
+
+def cases(model, dtype, ops=OPS, tokens=None, images=None):
+    """What of a model is measured in `dtype`, the most important sizes of each part first.
+
+    Args:
+      ops: those to take, of those that the model has.
+      tokens, images: in place of the model's own.
+    """
+    parts = [part._replace(sizes=part.sizes._replace(images=images or part.sizes.images)) for part in MODELS[model]]
+    ranks = itertools.zip_longest(*(tokens or part.tokens for part in parts))
+    sizes = ((part, n) for rank in ranks for part, n in zip(parts, rank) if n)
+    return list(dict.fromkeys(Case(op, n, part.sizes, dtype) for part, n in sizes for op in part.ops if op in ops))
+
+
+def tuned(model, dtype, ops=OPS, images=None):
+    """{(folder, what names the tiles): the cases whose time together a tile is judged by}.
+
+    Forms of an operation share their tiles, and so do all sizes of a width.
+    """
+    found = {}
+    for part in MODELS[model]:
+        sizes = part.sizes._replace(images=images or part.sizes.images)
+        for case in (Case(op, part.tuned, sizes, dtype) for op in part.ops if op in ops):
+            found.setdefault((case.table.folder, case.width()), []).append(case)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -1,10 +1,10 @@
 """What `benchmarks.kernels` does with one case: draws, compiles, checks and times it."""
 
 import concurrent.futures
+import functools
 import time
 
 from benchmarks import environment, kernels_timing, kernels_tune
-from benchmarks.kernels_cases import OPS, Case
 
 import jax
 
@@ -66,8 +66,9 @@ def torch_row(case, compiled, given, want):
 
 def measure(case, implementations, book, pool):
     """A row for each implementation of one case."""
-    base = {"op": case.op, "tokens": case.tokens, "dtype": case.dtype, "auto": case.auto()}
+    base = case.named() | {"auto": case.auto()}
     base |= {f"{name}_floor_us": round(moved / book.more["gbs"] / 1e3, 2) for name, moved in case.traffic().items()}
+    base |= kernels_timing.backward(base)
     implementations = [i for i in implementations if i != "upstream" or case.op == "linear_attention"]
 
     def prepare():
@@ -89,53 +90,93 @@ def measure(case, implementations, book, pool):
                 row = torch_row(case, name == "compiled", given, want)
             else:
                 row = jax_row(case, building[name], given, want)
-            shares = {w: row[f"{w}_us"] for w in case.traffic() if f"{w}_us" in row}
+            row |= kernels_timing.backward(row)
+            shares = {w: row[f"{w}_us"] for w in kernels_timing.PASSES if row.get(f"{w}_us", 0) > 0}
             return row | {f"{w}_share": round(base[f"{w}_floor_us"] / us, 3) for w, us in shares.items()}
 
         book.add(base | {"implementation": name}, work)
-    book.write()
 
 
 def correctness(cases, implementations, book):
     """A row of errors alone for each implementation of each case."""
     jit = jax.jit if jax.default_backend() == "gpu" else accuracy.quickly_compiled
     for case in cases:
-        base = {"op": case.op, "tokens": case.tokens, "dtype": case.dtype}
-        given = case.draw(0)
-        want = case.truth(given)
+        @functools.cache
+        def prepared():
+            given = case.draw(0)
+            return given, case.truth(given)
+
         for name in implementations:
-            fn = jit(case.passes(case.function(name))["both"])
-            book.add(base | {"implementation": name}, lambda: case.judge(fn(*given), want))
+
+            def work():
+                given, want = prepared()
+                return case.judge(jit(case.passes(case.function(name))["both"])(*given), want)
+
+            book.add(case.named() | {"implementation": name}, work)
     book.write()
 
 
-def tune(ops, sizes, tokens, dtype, book):
-    """Makes the best tiles found for each operation those that everything after it compiles with.
+def tune(groups, book, pool, save):
+    """Makes the best tiles found those that everything after it compiles with; saves after each operation.
 
-    They are sought with the Pallas kernels, which share their tiles with the jax-triton ones.
+    They are sought with the Pallas kernels, which share their tiles with the jax-triton ones, and not where
+    the table has some for this card: those are what its rows of `auto` were measured with.
+
+    Args:
+      groups: see `kernels_cases.tuned`.  Each gets a part of the time as large as its part of the cases.
+      save: () -> None, writes what there is.
     """
-    device = jax.devices()[0].device_kind
-    forms = {OPS[op].name: op for op in reversed(ops)}  # of an operation the first form: they share their tiles
-    clock, each = book.clock, book.clock.shares["tune"] * book.clock.seconds / len(forms)
-    for i, (name, op) in enumerate(forms.items()):
-        case = Case(op, tokens, sizes, dtype)
+    device, clock, due = jax.devices()[0].device_kind, book.clock, 0.0
+    each = clock.shares["tune"] * clock.seconds / max(1, sum(map(len, groups.values())))
+    for (folder, width), cases in groups.items():
+        due += each * len(cases)
+        row = {"op": folder, "width": width, "cases": [case.named() for case in cases]}
+        if kernels_tune.has_tiles(folder, device, cases[0].dtype, width):
+            row |= {"note": "not sought: the table has tiles of this card"}
+        else:
+            row = environment.attempt(row, lambda: sought(cases, device, book, pool, lambda: clock.spent["tune"] < due))
+        book.more["tuned"].append(row)
+        print("  ".join(f"{name} {row[name]}" for name in ("op", "width", "tiles", "note", "error") if name in row))
+        save()
+
+
+def sought(cases, device, book, pool, in_time):
+    """{"tiles": the best found, "finished", "tried"} for cases that share them."""
+    clock, case = book.clock, cases[0]
+    start = case.tiles()
+
+    def prepared(case):
+        given = draw(case)
+        return case, given, case.truth(given[0])
+
+    def install(tiles):
+        kernels_tune.install(case.op, device, case.dtype, case.width(), tiles)
+
+    def compiled(case, given):
         copies = kernels_timing.copies(case.traffic()["both"])
+        run = kernels_timing.chained(jax.jit(case.passes(case.function("pallas"))["both"]), copies)
+        return run.lower(given).compile(), copies
+
+    def tried(tiles):
+        """Right and timed in every case; its time is the sum."""
+        def work():
+            install(tiles)
+            runs = list(pool.map(lambda one: compiled(*one[:2]), ready))  # compiled side by side, timed alone
+            rows = []
+            for (case, given, want), (run, copies) in zip(ready, runs):
+                rows.append(case.judge(run(given)[0], want) | kernels_timing.timed(run, copies, given))
+            return {"us": round(sum(row["us"] for row in rows), 2), "right": all(row["right"] for row in rows), "of": rows}
+
         with clock.spending("tune"):
-            given = draw(case)
-            want = case.truth(given[0])
+            return environment.attempt({}, work)
 
-        def tried(tiles):
-            def work():
-                kernels_tune.install(op, device, dtype, case.width(), tiles)
-                run = kernels_timing.chained(jax.jit(case.passes(case.function("pallas"))["both"]), copies)
-                return case.judge(run(given)[0], want) | kernels_timing.timed(run, copies, given)
+    def left():
+        return clock.left("tune") and in_time()
 
-            with clock.spending("tune"):
-                return environment.attempt({}, work)
-
-        def left():
-            return clock.left("tune") and clock.spent["tune"] < (i + 1) * each
-
-        best, rows, finished = kernels_tune.climb(case.tiles(), tried, left)
-        kernels_tune.install(op, device, dtype, case.width(), best)
-        book.more["tuned"].append({"op": name, "tiles": best, "finished": finished, "tried": rows})
+    if not left():
+        return {"note": "not sought: no time left"}
+    with clock.spending("tune"):
+        ready = [prepared(case) for case in cases]
+    best, rows, finished = kernels_tune.climb(start, tried, left)
+    install(best)
+    return {"tiles": best, "finished": finished, "tried": rows}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 COLD = 1 << 30  # bytes of all arguments that are taken in turn: several times the largest cache
 MOVED = 320 << 20  # bytes that one program is to move at least
 COPIES = (4, 48)
+PASSES = ("forward", "backward", "both")
 
 
 class Clock:
@@ -61,6 +62,15 @@ def cold_and_warm(time_one, given):
     """
     row, warm = time_one(given), time_one([given[0]] * len(given))
     return {name: row[name] for name in ("us", "p10", "p90", "repeats")} | {"warm_us": warm["us"]}
+
+
+def backward(row):
+    """Of a row with numbers of "forward" and "both": those of "backward", what the second takes more than the first.
+
+    Not timed alone: its inputs are what a forward pass keeps, which only a program of both has.
+    """
+    kinds = [kind for kind in ("us", "warm_us", "floor_us") if {f"forward_{kind}", f"both_{kind}"} <= set(row)]
+    return {f"backward_{kind}": round(row[f"both_{kind}"] - row[f"forward_{kind}"], 2) for kind in kinds}
 
 
 def torch_timed(fn, copies, given):

@@ -21,6 +21,11 @@ def table(name):
     return dispatch.table(importlib.import_module(f"pallas_kernels.{name}").FOLDER)
 
 
+def has_tiles(folder, device, dtype, width):
+    """Whether the table has tiles of this very card."""
+    return str(width) in table(folder)["tiles"].get(device, {}).get(dtype, {})
+
+
 def install(op, device, dtype, width, tiles):
     """Makes `tiles` those that this process compiles with on the device."""
     table(OPS[op].folder)["tiles"].setdefault(device, {}).setdefault(dtype, {})[str(width)] = tiles
@@ -89,21 +94,24 @@ def winner(rows, ops):
 
 
 def auto_rows(rows, device, dtype):
-    """{folder: rows of `auto`}: a row for each run of neighbouring sizes at which one kernel wins.
+    """{folder: rows of `auto`}: a row for each run of neighbouring tokens at which one kernel wins.
 
     rows: of `benchmarks.kernels`; each has "auto", the sizes that the operation chooses by.
     """
-    found = {op.folder: [] for op in OPS.values() if any(row["op"] in OPS and OPS[row["op"]] is op for row in rows)}
-    for name in dict.fromkeys(op.name for op in OPS.values()):
+    found, widths = {OPS[row["op"]].folder: [] for row in rows}, {}
+    for row in rows:
+        others = tuple((name, size) for name, size in row["auto"].items() if name != "tokens")
+        widths.setdefault((OPS[row["op"]].name, others), []).append(row)
+    for (name, _), of_width in widths.items():
         ops = [op for op in OPS if OPS[op].name == name]
-        of_ops = sorted((row for row in rows if row["op"] in ops), key=lambda row: row["tokens"])
-        by_size = [(list(group), tokens) for tokens, group in itertools.groupby(of_ops, lambda row: row["tokens"])]
-        won = [(winner(group, ops), group[0]["auto"], tokens) for group, tokens in by_size]
+        of_width.sort(key=lambda row: row["tokens"])
+        by_size = [list(group) for _, group in itertools.groupby(of_width, lambda row: row["tokens"])]
+        won = [(winner(group, ops), group[0]["auto"]) for group in by_size]
         for kernel, run in itertools.groupby(won, lambda entry: entry[0] and entry[0]["implementation"]):
             if kernel:
-                best, sizes, tokens = zip(*run)
+                best, sizes = zip(*run)
                 where = {key: [sizes[0][key], sizes[-1][key]] for key in sizes[0]}
-                if tokens[-1] == of_ops[-1]["tokens"]:
+                if sizes[-1] == won[-1][1]:
                     where["tokens"][1] = MANY
                 worst = max(best, key=lambda row: row["error"] / row["bound"])
                 numbers = dict(error=worst["error"], bound=worst["bound"], speedup=min(b["speedup"] for b in best))
@@ -112,14 +120,15 @@ def auto_rows(rows, device, dtype):
     return found
 
 
-def write(output, rows, device, dtype):
-    """Writes output/tiles/<folder>.json for each operation that was measured, to replace its tiles.json.
+def write(output, folders, rows, device, dtype):
+    """Writes output/tiles/<folder>.json for each of the folders, to replace its tiles.json.
 
     Tiles are those in force; of the rows of `auto` those of this device, type and sizes are replaced.
     """
     output = pathlib.Path(output, "tiles")
     output.mkdir(parents=True, exist_ok=True)
-    for name, new in auto_rows(rows, device, dtype).items():
+    found = auto_rows(rows, device, dtype)
+    for name in folders:
         measured = [dict(row["auto"]) for row in rows if OPS[row["op"]].folder == name]
         given = table(name)
         kept = [
@@ -127,5 +136,5 @@ def write(output, rows, device, dtype):
             if (row["device"], row["dtype"]) != (device, dtype)
             or not any(all(low <= sizes[k] <= high for k, (low, high) in row["where"].items()) for sizes in measured)
         ]  # fmt: skip
-        text = json.dumps({"tiles": given["tiles"], "auto": kept + new}, indent=1)
+        text = json.dumps({"tiles": given["tiles"], "auto": kept + found.get(name, [])}, indent=1)
         (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")

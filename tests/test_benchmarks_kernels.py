@@ -1,5 +1,6 @@
-"""`benchmarks.kernels` on a CPU: what it judges right, tunes, writes and leaves out; its programs for an H200."""
+"""`benchmarks.kernels` on a CPU: what it judges right, writes and leaves out; its programs for an H200."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import environment, kernels, kernels_measure, kernels_timing, kernels_torch, kernels_tune
-from benchmarks.kernels_cases import OPS, SIZES, Case
+from benchmarks import environment, kernels, kernels_measure, kernels_timing, kernels_torch
+from benchmarks.kernels_cases import MODELS, OPS, TOY, Case, cases
 from pallas_kernels import dispatch
 from sana_jax import aot
+from sana_jax.models.dc_ae import DC_AE_F32C32_SANA
+from sana_jax.models.sana import SANA_600M, SANA_1600M
 from tests.pallas_kernels import accuracy
-
-TOY = SIZES["toy"]
 
 
 class Time:
@@ -43,7 +44,7 @@ def test_sizes_of_the_published_model():
     unit = 2048 * 2240 * 2
     floors = {"linear_attention": (4, 11), "mix_ffn": (7.5, 20), "modulate": (2, 5), "add_gated": (3, 6)}
     for op, (forward, both) in floors.items():
-        case = Case(op, 2048, SIZES["1.6B"], "bfloat16")
+        case = Case(op, 2048, MODELS["1.6B"][0].sizes, "bfloat16")
         moved = case.traffic()
         assert moved["forward"] / unit == pytest.approx(forward, rel=0.03), op
         assert moved["both"] / unit == pytest.approx(both, rel=0.05), op
@@ -53,6 +54,47 @@ def test_sizes_of_the_published_model():
 def _where(case):
     folder = pathlib.Path(dispatch.__file__).parent / case.table.folder
     return folder, case.dtype, case.width()
+
+
+def asked_for(fn, *args, monkeypatch):
+    """{(operation, its sizes)} that a traced function chooses implementations by."""
+    calls, choose = [], dispatch.choose
+
+    def noted(op, folder, implementation, dtype, sizes, obstacle):
+        calls.append((op, sizes))
+        return choose(op, folder, "xla", dtype, sizes, obstacle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "choose", noted)
+        jax.eval_shape(fn, *args)
+    return {(op, *((name, sizes.get(name, 1)) for name in AUTO[op])) for op, sizes in calls}
+
+
+AUTO = {"linear_attention": ("tokens", "k", "c"), "mix_ffn": ("tokens", "c"), "add_rms_norm": ("tokens", "d")}
+AUTO |= dict.fromkeys(("modulate", "add_gated"), ("tokens", "d", "gated"))
+
+
+def measured_sizes(model, **options):
+    found = [(case.table.name, case.auto()) for case in cases(model, "bfloat16", **options)]
+    return {(op, *((name, sizes[name]) for name in AUTO[op])) for op, sizes in found}
+
+
+def test_the_dc_ae_is_measured_at_its_own_sizes(monkeypatch):
+    """Every operation of every stage, at 512 and 1024 px, and nothing that it does not have."""
+    fn = functools.partial(DC_AE_F32C32_SANA.init, jax.random.key(0))
+    images = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32) for side in (512, 1024))
+    want = set().union(*(asked_for(fn, image, monkeypatch=monkeypatch) for image in images))
+    assert measured_sizes("DC-AE") == want
+    assert ("linear_attention", ("tokens", 16384), ("k", 32), ("c", 32)) in want, "control"
+
+
+@pytest.mark.parametrize("model, module", [("1.6B", SANA_1600M), ("0.6B", SANA_600M)])
+def test_transformers_are_measured_at_their_own_sizes(model, module, monkeypatch):
+    module, one = module.clone(depth=1, dtype=jnp.bfloat16), (1, 300, module.caption_width)
+    shapes = (2, 32, 32, 32), (2,), (2, *one[1:]), (2, 300)
+    inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.float32, jnp.bfloat16, bool))]
+    want = asked_for(functools.partial(module.init, jax.random.key(0)), *inputs, monkeypatch=monkeypatch)
+    assert measured_sizes(model, tokens=[2048]) == want
 
 
 def test_the_command_without_a_gpu(tmp_path, capsys, monkeypatch):
@@ -74,6 +116,13 @@ def test_unknown_names_are_refused(option, tmp_path, capsys):
     with pytest.raises(SystemExit):
         kernels.main(["--output", str(tmp_path), *option])
     assert "must be of" in capsys.readouterr().err
+
+
+def test_an_operation_that_the_model_lacks_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(SystemExit):
+        kernels.main(["--output", str(tmp_path), "--model", "DC-AE", "--ops", "mix_ffn;modulate"])
+    assert "--ops modulate: not in the DC-AE" in capsys.readouterr().err
 
 
 # --- Time.
@@ -156,120 +205,11 @@ def test_the_rows_of_a_case_measured(tmp_path, monkeypatch):
         for which in ("forward", "both"):
             assert row[f"{which}_us"] > 0 and row[f"{which}_warm_us"] > 0 and row[f"{which}_floor_us"] > 0
     assert broken["error"] == "ValueError: no card"
-    (forward, both) = kernels.summary(found.rows)
-    assert (forward["pass"], both["pass"]) == ("forward", "both") and forward["xla"] == xla["forward_us"]
+    forward, backward, both = kernels.summary(found.rows)
+    assert [line["pass"] for line in (forward, backward, both)] == ["forward", "backward", "both"]
+    assert forward["xla"] == xla["forward_us"] and backward["xla"] == round(xla["both_us"] - xla["forward_us"], 2)
+    assert backward["floor"] == round(both["floor"] - forward["floor"], 2) > 0
     assert forward["jax_triton"] == "failed" and "upstream" not in forward
-
-
-# --- Tables.
-
-
-def measured(op, tokens, implementation, us, right=True, error=1e-3):
-    side = int((tokens // 2) ** 0.5)
-    auto = OPS[op].auto(2, side, side, 11200) if op == "mix_ffn" else OPS[op].auto(2, tokens // 2, 70, 96)
-    return dict(op=op, tokens=tokens, implementation=implementation, forward_us=us, both_us=3 * us, right=right,
-                forward_error=error, forward_bound=2e-3, gradient_error=1e-3, gradient_bound=2e-3, auto=auto)  # fmt: skip
-
-
-def mix_rows(times):
-    """times: {tokens: (xla, pallas, jax_triton)}; 0 is wrong, None was not run."""
-    return [
-        measured("mix_ffn", tokens, name, us or 1.0, right=bool(us))
-        for tokens, row in times.items()
-        for name, us in zip(("xla", "pallas", "jax_triton"), row)
-        if us is not None
-    ]
-
-
-def test_rows_of_auto_are_for_what_is_right_and_wins():
-    rows = mix_rows({
-        512: (10, 9, 12),  # wins
-        2048: (10, 8, 0),
-        8192: (10, 12, 11),  # loses: the run ends
-        32768: (10, 0, 5),  # one is wrong, the other wins, at the largest
-    })  # fmt: skip
-    (first, second) = kernels_tune.auto_rows(rows, "card", "bfloat16")["mix_ffn"]
-    assert first["implementation"] == "pallas" and first["speedup"] == pytest.approx(10 / 9, abs=1e-3)
-    assert first["where"] == dict(tokens=[512, 2048], c=[5600, 5600], first_silu=[1, 1])
-    assert second["implementation"] == "jax_triton" and second["speedup"] == 2
-    assert second["where"]["tokens"] == [32768, kernels_tune.MANY]
-    assert dispatch.holds(first, "card", "bfloat16", dict(tokens=1200, c=5600, first_silu=1))
-    assert not dispatch.holds(first, "card", "bfloat16", dict(tokens=8192, c=5600, first_silu=1))
-    assert not dispatch.holds(first, "other", "bfloat16", dict(tokens=1200, c=5600, first_silu=1))
-
-
-@pytest.mark.parametrize("times", [(10, 10, 11), (10, 0, 0), (10, None, None), (None, 1, 1), (0, 5, 5)])
-def test_no_row_without_a_win(times):
-    assert kernels_tune.auto_rows(mix_rows({2048: times}), "card", "bfloat16") == {"mix_ffn": []}
-
-
-def test_a_row_needs_every_form_of_the_operation():
-    """One row speaks for attention with the norm and without; both passes have to win."""
-    plain = [measured("linear_attention", 2048, "xla", 10), measured("linear_attention", 2048, "pallas", 5)]
-    normed = [row | {"op": "linear_attention, norm", "forward_us": us} for row, us in zip(plain, (10, 8))]
-    assert kernels_tune.auto_rows(plain, "card", "bfloat16")["linear_attention"] == []
-    (row,) = kernels_tune.auto_rows(plain + normed, "card", "bfloat16")["linear_attention"]
-    assert row["speedup"] == 1.25 and row["where"]["tokens"] == [2048, kernels_tune.MANY]
-    slow = [*normed[:1], normed[1] | {"both_us": 31}]
-    assert kernels_tune.auto_rows(plain + slow, "card", "bfloat16")["linear_attention"] == []
-
-
-def test_what_is_written_is_what_dispatch_reads(tmp_path, monkeypatch):
-    old = dict(device="card", dtype="bfloat16", implementation="pallas", error=0, bound=1, speedup=9,
-               where=dict(tokens=[1, 9999], c=[5600, 5600], first_silu=[1, 1]))  # fmt: skip
-    rows = [old, old | {"device": "other"}, old | {"where": old["where"] | {"c": [72, 72]}}]
-    given = kernels_tune.table("mix_ffn")
-    monkeypatch.setattr(kernels_tune, "table", lambda name: {**given, "auto": rows})
-    kernels_tune.write(tmp_path, mix_rows({2048: (10, 5, 6)}), "card", "bfloat16")
-    written = json.loads((tmp_path / "tiles" / "mix_ffn.json").read_text())
-    assert written["tiles"] == given["tiles"] and written["auto"][:2] == rows[1:]
-    (new,) = written["auto"][2:]
-    folder = tmp_path / "op"
-    folder.mkdir()
-    (folder / "tiles.json").write_text(json.dumps(written))
-    monkeypatch.setattr(dispatch, "device_kind", lambda: "card")
-    sizes = dict(tokens=2048, b=2, h=32, w=32, c=5600, first_silu=1)
-    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes, lambda: None) == "pallas"
-    assert dispatch.choose("mix_ffn", folder, "auto", jnp.dtype("bfloat16"), sizes | {"tokens": 2047}, lambda: None) == "xla"
-    assert new["speedup"] == 2
-
-
-# --- Tiles.
-
-
-def test_climbing_takes_what_is_right_and_faster():
-    tried = []
-
-    def measure(tiles):
-        tried.append(tiles["a"])
-        rows, warps = tiles["a"]["rows"], tiles["a"]["warps"]
-        if warps == 8:
-            return {"error": "spilled"}
-        return {"us": 100 / rows, "right": rows <= 128}  # 256 is fastest and wrong
-
-    start = {"a": dict(rows=32, warps=4), "b": dict(rows=1, warps=1)}
-    best, rows, finished = kernels_tune.climb(start, measure, lambda: True)
-    assert best == {"a": dict(rows=128, warps=4), "b": dict(rows=1, warps=1)} and finished
-    assert dict(rows=256, warps=4) in tried and len(rows) == len(tried)
-    best, rows, finished = kernels_tune.climb(start, measure, lambda: len(tried) < 0)
-    assert best == start and rows == [] and not finished
-
-
-def test_an_installed_tile_is_compiled_with(monkeypatch):
-    monkeypatch.setattr(dispatch, "table", dispatch.functools.cache(dispatch.table.__wrapped__))
-    case = Case("linear_attention", 256, TOY, "float32")
-    fn = case.passes(case.function("pallas_interpret"))["forward"]
-
-    def grids():
-        from tests.pallas_kernels import gpu
-
-        calls = gpu.pallas_calls(lambda *one: fn(*one), *case.shapes())
-        return [call.params["grid_mapping"].grid for call in calls]
-
-    before = grids()
-    tiles = {**case.tiles(), "apply": {**case.tiles()["apply"], "rows": 64}}
-    kernels_tune.install(case.op, dispatch.device_kind(), case.dtype, case.width(), tiles)
-    assert before[1] == (2, 4, 2) and grids()[1] == (2, 2, 2)
 
 
 # --- The others.
@@ -303,7 +243,7 @@ STATIC = [
 @pytest.mark.parametrize("name", [pytest.param(name, marks=STATIC) for name in ("pallas", "upstream")])
 def test_a_timed_program_holds_nothing_but_the_calls(name):
     """Compiled for an H200: as many kernels as calls have, and no array is copied to tie them together."""
-    case = Case("linear_attention", 512, SIZES["1.6B"], "bfloat16")
+    case = Case("linear_attention", 512, MODELS["1.6B"][0].sizes, "bfloat16")
     if name == "upstream":
         from benchmarks import kernels_upstream
 
@@ -325,8 +265,8 @@ def test_upstream_computes_the_same(_):
     code = (
         "from tests.pallas_kernels import interpreted\n"
         "import jax_triton; jax_triton.triton_call = interpreted.triton_call\n"
-        "from benchmarks import kernels_upstream; from benchmarks.kernels_cases import SIZES, Case\n"
-        "case = Case('linear_attention', 150, SIZES['toy'], 'float32'); given = case.draw(0)\n"
+        "from benchmarks import kernels_upstream; from benchmarks.kernels_cases import TOY, Case\n"
+        "case = Case('linear_attention', 150, TOY, 'float32'); given = case.draw(0)\n"
         "print(case.judge(kernels_upstream.forward(*given), case.truth(given))['forward_error'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -2,7 +2,8 @@
 that is float32 here is float64.
 
 Factors keep their dtype: a bfloat16 q is exact in bfloat16, and the float32 state is two bfloat16
-numbers, so tensor cores give what a float32 product would, without a float32 copy of q.
+numbers, so tensor cores give what a float32 product would, without a float32 copy of q.  XLA cuts them up
+inside the product: of several products each would write out a float32 array of its own.
 Heads come before tokens, [b k n c], from the start: XLA's products want them so, and would turn each
 factor by itself.  Formulas of the gradients: `__init__.py`.
 """
@@ -12,27 +13,21 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
+# A float32 factor counts as two bfloat16 numbers; the product of two remainders is dropped.
+IN_PARTS = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+
 
 def widen(x):
     return x.astype(dispatch.wide(x.dtype))
 
 
 def product(equation, a, b, dtype):
-    """einsum of two factors, each of `dtype` or float32, with float32 sums and result.
-
-    Where `dtype` is narrow, a float32 factor becomes two of it, and the product of two remainders is
-    dropped.
-    """
-
-    def parts(x):
-        if x.dtype == dtype:
-            return [x]
-        high = x.astype(dtype)
-        return [high, (x - high.astype(jnp.float32)).astype(dtype)]
+    """einsum of two factors, each of `dtype` or float32, with float32 sums and result."""
 
     def narrow(a, b):
-        pairs = [(x, y) for i, x in enumerate(parts(a)) for j, y in enumerate(parts(b)) if i + j < 2]
-        return sum(jnp.einsum(equation, *pair, preferred_element_type=jnp.float32) for pair in pairs)
+        if a.dtype == b.dtype == dtype:
+            return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, *(x.astype(jnp.float32) for x in (a, b)), precision=IN_PARTS)
 
     def wide(a, b):
         precision = None if dtype == jnp.bfloat16 else "highest"  # of what was bfloat16 only CPUs come here

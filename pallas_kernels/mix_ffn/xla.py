@@ -2,7 +2,8 @@
 
 On a GPU SiLU stands inside each of the nine: XLA then reads y itself and keeps nothing, where a SiLU
 before them becomes a float32 array of its own.  On a CPU, where exp is dear, it is computed once.
-The backward pass computes all from y again.  Formulas: `__init__.py`.
+The backward pass computes all from y again, on a GPU gates even twice: nothing but the two halves of `down` is
+written out, in y's dtype.  Formulas: `__init__.py`.
 """
 
 import functools
@@ -28,34 +29,58 @@ def slope(x):
     return s * (1 + x * (1 - s))
 
 
-def _forward(y, kernel, bias, *, first_silu, early):
-    each = functools.partial(activate, first_silu=first_silu)
-    value, gate = split(each(y), widen, kernel, bias) if early else split(y, each, kernel, bias)
+def _forward_early(y, kernel, bias, *, first_silu):
+    value, gate = split(activate(y, first_silu), widen, kernel, bias)
     return (value * jax.nn.silu(gate)).astype(y.dtype)
 
 
-def _backward(y, kernel, bias, gradient, *, first_silu, early):
-    each = functools.partial(activate, first_silu=first_silu)
+def _forward(y, kernel, bias, *, first_silu):
+    value, gate = split(y, functools.partial(activate, first_silu=first_silu), kernel, bias)
+    return (value * jax.nn.silu(gate)).astype(y.dtype)
+
+
+def _down(gradient, value, gate):
+    """The gradients of value and gate, float32."""
     gradient = widen(gradient)
-    value, gate = split(each(y), widen, kernel, bias) if early else split(y, each, kernel, bias)
-    # Rounded to y's dtype, like a gradient that leaves an operation: half the memory between the passes.
-    down = jnp.concatenate([gradient * jax.nn.silu(gate), gradient * value * slope(gate)], axis=-1).astype(y.dtype)
-    if not early:
-        y, down = jax.lax.optimization_barrier((y, down))  # or XLA would keep the nine shifts of y until below
+    return gradient * jax.nn.silu(gate), gradient * value * slope(gate)
+
+
+def _dy(y, down, kernel, first_silu):
     dx = convolve(down, turned(kernel))
-    dy = dx * slope(widen(y)) if first_silu else dx
-    dkernel = kernel_gradient_by_row(each(y), down, 3) if early else kernel_gradient(y, down, 3, each)
-    return dy.astype(y.dtype), dkernel, jnp.sum(widen(down), axis=(0, 1, 2))
+    return (dx * slope(widen(y)) if first_silu else dx).astype(y.dtype)
 
 
-def _by_platform(fn, *args, first_silu):
-    cpu, default = (functools.partial(fn, first_silu=first_silu, early=early) for early in (True, False))
+# `down` is rounded to y's dtype, like a gradient that leaves an operation: half the memory between the passes.
+
+
+def _backward_early(y, kernel, bias, gradient, *, first_silu):
+    x = activate(y, first_silu)
+    down = jnp.concatenate(_down(gradient, *split(x, widen, kernel, bias)), axis=-1).astype(y.dtype)
+    dkernel = kernel_gradient_by_row(x, down, 3)
+    return _dy(y, down, kernel, first_silu), dkernel, jnp.sum(widen(down), axis=(0, 1, 2))
+
+
+def _backward(y, kernel, bias, gradient, *, first_silu):
+    each, downs = functools.partial(activate, first_silu=first_silu), []
+    for i in range(2):  # each half in a pass from y
+        down = _down(gradient, *split(y, each, kernel, bias))[i].astype(y.dtype)
+        # Or XLA would write out in float32 what the passes share: gates, then the nine shifts of y.
+        y, *downs = jax.lax.optimization_barrier((y, *downs, down))
+    ys, kernels = (jnp.split(a, 2, axis=-1) for a in (y, kernel))
+    dy = [_dy(y, down, kernel, first_silu) for y, down, kernel in zip(ys, downs, kernels)]
+    dkernel = [kernel_gradient(y, down, 3, each) for y, down in zip(ys, downs)]
+    dbias = [jnp.sum(widen(down), axis=(0, 1, 2)) for down in downs]
+    return tuple(jnp.concatenate(halves, axis=-1) for halves in (dy, dkernel, dbias))
+
+
+def _by_platform(cpu, default, *args, first_silu):
+    cpu, default = (functools.partial(fn, first_silu=first_silu) for fn in (cpu, default))
     return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 def forward(y, kernel, bias, first_silu):
-    return _by_platform(_forward, y, kernel, bias, first_silu=first_silu)
+    return _by_platform(_forward_early, _forward, y, kernel, bias, first_silu=first_silu)
 
 
 def backward(y, kernel, bias, gradient, first_silu):
-    return _by_platform(_backward, y, kernel, bias, gradient, first_silu=first_silu)
+    return _by_platform(_backward_early, _backward, y, kernel, bias, gradient, first_silu=first_silu)

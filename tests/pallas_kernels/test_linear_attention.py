@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import KernelError
-from pallas_kernels.linear_attention import linear_attention, pallas_triton
+from pallas_kernels.linear_attention import linear_attention, pallas_triton, xla
 from tests.pallas_kernels import accuracy
 
 EPS = 1e-15
@@ -106,6 +106,20 @@ def as_on_gpus(monkeypatch, factor=lambda x: x):
     def platform_dependent(*args, default, **others):
         return default(*map(factor, args))
 
+    def cut(x):
+        high = x.astype(jnp.bfloat16).astype(jnp.float32)
+        return high, x - high
+
+    def einsum(equation, *factors, precision=None, **options):
+        """What a CPU computes in float32, in parts as a GPU does."""
+        if precision != xla.IN_PARTS:
+            return whole(equation, *factors, precision=precision, **options)
+        (a, b), (c, d) = map(cut, factors)
+        b, d = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (b, d))
+        return sum(whole(equation, *pair, precision="highest") for pair in ((a, c), (a, d), (b, c)))
+
+    whole = jnp.einsum
+    monkeypatch.setattr(jnp, "einsum", einsum)
     monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
     return accuracy.quickly_compiled(accuracy.with_gradients(functools.partial(attend, implementation="xla")))
 

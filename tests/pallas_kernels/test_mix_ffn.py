@@ -75,12 +75,14 @@ def test_large_arrays(case, monkeypatch):
     run.cache_clear()
 
 
-def test_the_xla_form_of_gpus():
-    """Here the one of CPUs runs; they differ in where SiLU stands."""
-    args, gradient = arrays(1, 3, 4, 8, "float32")
-    options = dict(first_silu=True, early=False)
-    got = xla._forward(*args, **options), xla._backward(*args, gradient, **options)
-    assert accuracy.problems(got, truth(args, gradient, True)) == []
+@pytest.mark.parametrize("dtype, first_silu", [("float32", True), ("float32", False), ("bfloat16", True)])
+def test_the_xla_form_of_gpus(dtype, first_silu):
+    """Here the one of CPUs runs; they differ in where SiLU stands and in what the backward pass keeps."""
+    args, gradient = arrays(1, 3, 4, 8, dtype)
+    forms = (functools.partial(fn, first_silu=first_silu) for fn in (xla._forward, xla._backward))
+    forward, backward = map(accuracy.quickly_compiled, forms)
+    got = forward(*args), backward(*args, gradient)
+    assert accuracy.problems(got, truth(args, gradient, first_silu), 1.5) == []
 
 
 def test_wrong_padding_is_caught(monkeypatch):
