@@ -1,6 +1,5 @@
 """Where the kernels of jax-triton count elements with 64 bits: a batch may have more than 2^31, an image not."""
 
-import importlib.util
 import re
 
 import pytest
@@ -19,12 +18,10 @@ def narrow(ir):
     return found
 
 
-@pytest.mark.static
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
-    reason="needs the extra `static`",
+@pytest.mark.parametrize(
+    "op, kernels",
+    [pytest.param("linear_attention", 4, marks=gpu.STATIC), pytest.param("mix_ffn", 3, marks=gpu.STATIC)],
 )
-@pytest.mark.parametrize("op, kernels", [("linear_attention", 4), ("mix_ffn", 3)])
 def test_an_image_has_a_wide_number(op, kernels, monkeypatch):
     """Then so has every offset that it is a part of, those into the partial sums too."""
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -43,7 +40,7 @@ def test_sums_over_rows_are_few(folder):
     for device, dtype, name in gpu.rows_of(folder):
         for tile in dispatch.table(folder)["tiles"][device][dtype][name].values():
             # At most this many programs, and no row is wider than `elements`.
-            assert (tile["programs"] + rows.MAX_GRID) * tile["elements"] <= dispatch.MAX_ELEMENTS
-            for b in (1, 100, rows.MAX_GRID):
+            assert (tile["programs"] + dispatch.MAX_GRID) * tile["elements"] <= dispatch.MAX_ELEMENTS
+            for b in (1, 100, dispatch.MAX_GRID):
                 *_, runs = rows.blocks(b, 10**6, tile["elements"], tile)
-                assert runs * b <= tile["programs"] + rows.MAX_GRID
+                assert runs * b <= tile["programs"] + dispatch.MAX_GRID

@@ -12,6 +12,7 @@ from benchmarks.kernels_cases import MODELS, Case
 from sana_jax import aot, flops
 from sana_jax.aot.compiling import NO_TRITON_GEMM
 from sana_jax.models.sana import SANA_1600M, SANA_1600M_4K
+from tests.pallas_kernels.accuracy import NIGHT
 from tests.static.test_sana_on_h200 import BF16, GIB, denoiser, parameters
 
 pytestmark = [
@@ -43,8 +44,9 @@ def test_plain_jax_writes_out_less_than_the_library(op, most):
     assert all(a <= b for a, b in zip(found, most, strict=True)), found
 
 
-def test_data_parallel_needs_no_collectives():
-    denoise, avals = denoiser(SANA_1600M.clone(depth=1, kernels="pallas", **BF16), 32, batch=8)
+@pytest.mark.parametrize("kernels", ["pallas", "jax_triton"])
+def test_data_parallel_needs_no_collectives(kernels):
+    denoise, avals = denoiser(SANA_1600M.clone(depth=1, kernels=kernels, **BF16), 32, batch=8)
     specs = (P(), P("data"), P("data"))
     compiled = aot.compile_for("h200", denoise, *avals, mesh={"data": 8}, in_specs=specs)
     assert aot.summary(compiled)["collectives"] == {}
@@ -64,10 +66,11 @@ def training(depth, side, batch, **fields):
 
 # (side of the latent, batch, bound in A): the products of a block are 12 A, its input one more, and the
 # rest is mostly the keys and values of the text, 0.6 A and 2.3 A.  Measured: 13.6 and 15.6.
+@pytest.mark.parametrize("kernels", ["pallas"] + ["jax_triton"] * NIGHT)
 @pytest.mark.parametrize("side, batch, most", [(16, 64, 17), (32, 16, 14.5)])
-def test_what_a_block_keeps_for_the_backward_pass(side, batch, most):
+def test_what_a_block_keeps_for_the_backward_pass(side, batch, most, kernels):
     def temporary(depth):
-        fn, avals = training(depth, side, batch, kernels="pallas", remat="products")
+        fn, avals = training(depth, side, batch, kernels=kernels, remat="products")
         # Without a card jax 0.10.2 has no tiles for one of the products, see aot.compiling.
         return aot.summary(aot.compile_for("h200", fn, *avals, options=NO_TRITON_GEMM))["temp_bytes"]
 
