@@ -93,7 +93,8 @@ def _functions(package, name, names, options):
 def _on_cuda(kernel, other):
     """The kernel in what is lowered for CUDA; the card that is traced for may not be where a program runs.
 
-    Compiled even where the rest is not: only then is the platform that of the arguments."""
+    Compiled even where the rest is not: only then is the platform that of the arguments.  An eager call is
+    compiled anew each time."""
     return jax.jit(lambda *args: jax.lax.platform_dependent(*args, cuda=kernel, default=other))
 
 
@@ -104,7 +105,7 @@ def require(condition, op, argument, value, supported):
 
 def wide(dtype):
     """The type to compute in: float32, or float64 where that is what came."""
-    return dtype if dtype == jnp.float64 else jnp.float32
+    return jnp.float64 if jax.dtypes.canonicalize_dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def require_float(op, name, array):

@@ -1,7 +1,6 @@
 """`benchmarks.kernels` on a CPU: what it judges right, writes and leaves out; its programs for an H200."""
 
 import functools
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -18,7 +17,7 @@ from pallas_kernels import dispatch
 from sana_jax import aot
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA
 from sana_jax.models.sana import SANA_600M, SANA_1600M
-from tests.pallas_kernels import accuracy
+from tests.pallas_kernels import accuracy, gpu
 
 
 class Time:
@@ -60,9 +59,9 @@ def asked_for(fn, *args, monkeypatch):
     """{(operation, its sizes)} that a traced function chooses implementations by."""
     calls, choose = [], dispatch.choose
 
-    def noted(op, folder, implementation, dtype, sizes, obstacle):
+    def noted(op, folder, implementation, dtype, sizes, check):
         calls.append((op, sizes))
-        return choose(op, folder, "xla", dtype, sizes, obstacle)
+        return choose(op, folder, "xla", dtype, sizes, check)
 
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "choose", noted)
@@ -230,14 +229,7 @@ def test_torch_computes_the_same(op):
     assert row["us"] > 0
 
 
-STATIC = [
-    pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning"),  # of Pallas, since jax 0.11
-    pytest.mark.static,
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
-        reason="needs the extra `static`",
-    ),
-]
+STATIC = [*gpu.STATIC, pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")]  # of Pallas, since jax 0.11
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=STATIC) for name in ("pallas", "upstream")])

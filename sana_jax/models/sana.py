@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sana_jax import ops
-from sana_jax.errors import InputError, require_choice
+from sana_jax.errors import InputError, require_choice, require_positive
 from sana_jax.models import embeddings
 from sana_jax.models.embeddings import CaptionEmbed, TimeEmbed, dense_of
 from sana_jax.models.layers import PRODUCT, GLUMBConv, by_rows, rms_norm
@@ -215,7 +215,7 @@ class Sana(nn.Module):
         each block from its input; "products", all but the products with weights, which are most of the
         work and half of the memory.
       unroll: blocks in a turn of the loop over them.  XLA:CPU trains 1.5 times as fast without a loop
-        (unroll=depth), as it then fuses no slicing of stacked parameters into other work; it compiles longer.
+        (as many as depth, or more), as it then fuses no slicing of stacked parameters into other work; it compiles longer.
       kernels: how the operations of ops.py run: "auto", or one of ops.KERNELS; never part of a checkpoint.
       dtype, param_dtype: of activations and of parameters.
     """
@@ -246,8 +246,7 @@ class Sana(nn.Module):
             if self.width % getattr(self, field):
                 raise InputError(f"{field}={getattr(self, field)}: must divide width={self.width}")
         require_choice("remat", self.remat, REMAT)
-        if not 1 <= self.unroll <= self.depth:
-            raise InputError(f"unroll={self.unroll}: must be from 1 to depth={self.depth}")
+        require_positive("unroll", self.unroll)
         require_choice("kernels", self.kernels, ops.KERNELS)
         types = (self.dtype, self.param_dtype)
         self.patch_embed = dense_of(self)(self.width)
@@ -263,7 +262,7 @@ class Sana(nn.Module):
         self.blocks = nn.scan(
             REMAT[self.remat](SanaBlock),
             length=self.depth,
-            unroll=self.unroll,
+            unroll=min(self.unroll, self.depth),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),

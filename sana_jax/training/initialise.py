@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax import components, overrides
+from sana_jax import components, ops, overrides
 from sana_jax.checkpoints.read import read_json
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.hub.download import find_model
@@ -61,7 +61,7 @@ def shapes_of(model):
 
 def abstract(model):
     """The parameters as ShapeDtypeStructs; the key is traced, so that no device is asked."""
-    """The parameters' shapes and dtypes, without a device."""
+    model = ops.plain(model)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
 
 

@@ -32,13 +32,6 @@ OPS = {  # the shapes of their arguments
     add_rms_norm: ((2, 5, 8), (2, 5, 8), (8,), (8,)),
 }
 operations = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-static = [
-    pytest.mark.static,
-    pytest.mark.skipif(
-        not all(importlib.util.find_spec(name) for name in ("jax_plugins", "triton", "jax_triton")),
-        reason="needs the extra `static`",
-    ),
-]
 
 
 def arguments(shapes, dtype="float32"):
@@ -80,12 +73,14 @@ def without_jax_triton(monkeypatch):
 
 
 @operations
-def test_a_kernel_that_auto_took_gives_way_on_a_cpu(op, auto):
+def test_a_kernel_that_auto_took_gives_way_on_a_cpu(op, auto, monkeypatch):
     """The card is seen, and the program is compiled for the CPU: as a whole, or one operation after the other."""
+    taken, on_cuda = [], dispatch._on_cuda
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda *fns: taken.append(fns) or on_cuda(*fns))
     auto.append("pallas")
     args = arguments(OPS[op])
     want = jax.jit(run(op, "xla"))(*args)
-    assert same(jax.jit(run(op))(*args), want)
+    assert not taken and same(jax.jit(run(op))(*args), want) and taken
     if op is modulate:
         assert accuracy.agree(run(op)(*args), want)
 
@@ -104,7 +99,7 @@ def kernels_in(lowered):
 ON_CARDS = [(op, "pallas") for op in OPS] + [(modulate, "jax_triton")]
 
 
-@pytest.mark.parametrize("op, name", [pytest.param(*case, marks=static) for case in ON_CARDS])
+@pytest.mark.parametrize("op, name", [pytest.param(*case, marks=gpu.STATIC) for case in ON_CARDS])
 def test_it_stays_where_the_program_is_for_the_card(op, name, auto, monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     args = arguments(OPS[op])

@@ -100,8 +100,9 @@ def test_large_arrays(case, monkeypatch):
     run.cache_clear()
 
 
-def as_on_gpus(monkeypatch, factor=lambda x: x):
-    """The XLA form that other platforms than CPUs get, its factors changed by `factor`."""
+def as_on_gpus(monkeypatch, cuts, factor=lambda x: x):
+    """The XLA form that other platforms than CPUs get, its factors changed by `factor`; `cuts` gets the products
+    that are computed in parts."""
 
     def platform_dependent(*args, default, **others):
         return default(*map(factor, args))
@@ -114,6 +115,7 @@ def as_on_gpus(monkeypatch, factor=lambda x: x):
         """What a CPU computes in float32, in parts as a GPU does."""
         if precision != xla.IN_PARTS:
             return whole(equation, *factors, precision=precision, **options)
+        cuts.append(equation)
         (a, b), (c, d) = map(cut, factors)
         b, d = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (b, d))
         return sum(whole(equation, *pair, precision="highest") for pair in ((a, c), (a, d), (b, c)))
@@ -128,10 +130,11 @@ def as_on_gpus(monkeypatch, factor=lambda x: x):
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_xla_form_of_gpus(monkeypatch, dtype, normed):
     args, gradient = arrays(2, 65, 2, 32, dtype, normed)
-    want, bound = truth(args, gradient), 1.3 if normed else accuracy.NARROW
-    assert accuracy.problems(as_on_gpus(monkeypatch)(args, gradient), want, bound) == []
+    want, bound, cuts = truth(args, gradient), 1.3 if normed else accuracy.NARROW, []
+    assert accuracy.problems(as_on_gpus(monkeypatch, cuts)(args, gradient), want, bound) == []
+    assert bool(cuts) == (dtype == "bfloat16")
     if dtype == "bfloat16":  # float32 factors without what bfloat16 leaves of them
-        got = as_on_gpus(monkeypatch, lambda x: x.astype(dtype))(args, gradient)
+        got = as_on_gpus(monkeypatch, cuts, lambda x: x.astype(dtype))(args, gradient)
         assert 0 in {which for which, *_ in accuracy.problems(got, want, bound)}
 
 
@@ -141,7 +144,7 @@ def test_sums_beyond_float16(monkeypatch, normed):
     (qkv, scale), gradient = arrays(1, 4096, 1, 16, "float16", normed)
     qkv = jnp.abs(qkv).at[..., 16:32].set(16).at[..., 32:].set(32)
     args = qkv, None if scale is None else jnp.abs(scale)
-    out, _ = got = as_on_gpus(monkeypatch)(args, gradient)
+    out, _ = got = as_on_gpus(monkeypatch, [])(args, gradient)
     assert (out == 32).all() and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
 
 

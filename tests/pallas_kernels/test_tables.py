@@ -20,9 +20,9 @@ def sizes_of(op, monkeypatch):
     """The names of the sizes that the operation looks its rows up by."""
     names, choose = set(), dispatch.choose
 
-    def noted(op, folder, implementation, dtype, sizes, obstacle):
+    def noted(op, folder, implementation, dtype, sizes, check):
         names.update(sizes)
-        return choose(op, folder, "xla", dtype, sizes, obstacle)
+        return choose(op, folder, "xla", dtype, sizes, check)
 
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "choose", noted)

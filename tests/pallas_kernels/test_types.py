@@ -41,7 +41,7 @@ def test_the_forms_of_gpus_compute_float64_too():
     with jax.enable_x64(True):
         args = arguments(OPS[mix_ffn], "float64")
         out, gradients = run(mix_ffn, "reference")(*args)
-        options = dict(first_silu=True, early=False)
+        options = dict(first_silu=True)
         got = xla._forward(*args, **options), *xla._backward(*args, out, **options)
         assert max(accuracy.error(a, b) for a, b in zip(got, (out, *gradients), strict=True)) < 1e-14
         x, kernel, _ = args

@@ -363,10 +363,9 @@ def test_remat_must_be_known():
         module.init(jax.random.key(0), *module.example_inputs())
 
 
-@pytest.mark.parametrize("unroll", [0, 3])
-def test_unroll_must_fit_the_depth(unroll):
-    module = Sana(width=64, depth=2, heads=2, cross_heads=2, unroll=unroll)
-    with pytest.raises(InputError, match=f"unroll={unroll}: must be from 1 to depth=2"):
+def test_unroll_must_be_positive():
+    module = Sana(width=64, depth=2, heads=2, cross_heads=2, unroll=0)
+    with pytest.raises(InputError, match="unroll=0: must be"):
         module.init(jax.random.key(0), *module.example_inputs())
 
 
@@ -385,6 +384,6 @@ def test_gradients_reach_every_parameter():
     grads = gradient(params, module)
     for path, leaf in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
-    for change in ({"remat": "full"}, {"remat": "products"}, {"unroll": 2}, {"unroll": 3}):
+    for change in ({"remat": "full"}, {"remat": "products"}, {"unroll": 2}, {"unroll": 4}):
         again = gradient(params, module.clone(**change))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, again)

@@ -196,3 +196,11 @@ def test_a_description_of_something_else(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="it is not that of a run"):
         initialise.run_model(tmp_path)
+
+
+def test_shapes_do_not_ask_for_the_device_of_a_kernel():
+    """On a machine without a GPU too, where `init` with a kernel's name is refused."""
+    kernels = SANA.clone(kernels="pallas")
+    assert initialise.shapes_of(kernels) == initialise.shapes_of(SANA)
+    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
+        jax.eval_shape(lambda: kernels.init(jax.random.key(0), *kernels.example_inputs()))
