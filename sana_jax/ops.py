@@ -218,7 +218,7 @@ def depthwise_conv(x, kernel, bias=None):
       kernel: [k, k, c], k odd.
       bias: [c] or None.
     Returns:
-      [b, h, w, c] in the dtype of x, accumulated in float32.  There is no forward mode (jvp).
+      [b, h, w, c] in the dtype of x, accumulated in float32, or float64 of float64.  There is no forward mode (jvp).
     Raises:
       InputError: a kernel that is not square or of an even side, which has no centre; arrays that do not fit.
     """
