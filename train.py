@@ -24,6 +24,7 @@ from sana_jax.data.loader import Loader
 from sana_jax.data.records import TooManyBadRecords
 from sana_jax.data.workers import WorkerDied
 from sana_jax.errors import InputError, NonFiniteError
+from sana_jax.parameters import abstract_parameters
 from sana_jax.training import distributed, frozen, initialise, layout, lock, optimizer, plan, processes
 from sana_jax.training.fingerprint import state_hash
 from sana_jax.training.metrics import Lagged, Metrics
@@ -89,7 +90,7 @@ def train(config, preemption):
         paint = layout.painter(reader, mesh)
 
         # ---- state: the last checkpoint's, or a new one ---------------------------------------------
-        abstract = initialise.abstract(config.model)
+        abstract = abstract_parameters(config.model)
         tx = optimizer.make(config.optim, config.steps, config.data.batch, abstract)
         abstract = jax.eval_shape(lambda params: create(params, tx, config.optim.ema), abstract)
         placed = layout.state_shardings(abstract, config.model, mesh)

@@ -199,7 +199,7 @@ def full(path, smoke):
     from diffusers import SanaTransformer2DModel
 
     from sana_jax.checkpoints import rules, sana
-    from sana_jax.loading import parameter_shapes
+    from sana_jax.parameters import parameter_shapes
     from tests import peers
 
     module = models.modules(smoke)["1.6B"]

@@ -41,7 +41,8 @@ def write_folder(folder, name, shard_bytes):
 
     from sana_jax.checkpoints import rules
     from sana_jax.checkpoints.write import write_json, write_safetensors
-    from sana_jax.components import parameter_shapes, published_rules
+    from sana_jax.components import published_rules
+    from sana_jax.parameters import parameter_shapes
     from sana_jax.saving import component_config
 
     module = module_of(name)

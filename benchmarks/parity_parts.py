@@ -15,6 +15,7 @@ from sana_jax import components
 from sana_jax.checkpoints import rules
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA
 from sana_jax.models.sana import SANA_600M, SANA_1600M
+from sana_jax.parameters import parameter_shapes
 from sana_jax.parity.peers import first, last
 from sana_jax.parity.rows import Ratio, compare, rms
 from tests import dc_ae_toys, peers, toy_pipeline
@@ -86,7 +87,7 @@ def convert(module, peer):
     state = peer.state_dict()
     leaves = rules.to_flax(
         components.published_rules(module),
-        components.parameter_shapes(module),
+        parameter_shapes(module),
         {name: (tuple(tensor.shape), "F32") for name, tensor in state.items()},
         ((name, tensor.numpy()) for name, tensor in state.items()),
         np.dtype("float32"),

@@ -28,14 +28,9 @@ from sana_jax.errors import CheckpointError, InputError, nearest, require_positi
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 
 KINDS = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC", "text_encoder": "gemma2"}
-
-
-def parameter_shapes(module):
-    """{path: shape} of a module's parameters, without computing any."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
 def fields_of(module):

@@ -1,15 +1,11 @@
 """What can be said against an experiment before any device is asked: one line for each problem."""
 
-import functools
 import math
 import pathlib
 import re
 
-import flax.traverse_util
-import jax
 import jax.numpy as jnp
 
-from sana_jax import ops
 from sana_jax.data.folder import Folder
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.data.tar import Tar
@@ -18,6 +14,7 @@ from sana_jax.hub import names
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 from sana_jax.resolution import PATCH
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
 
@@ -136,7 +133,7 @@ def _model(config):
     if jnp.dtype(model.param_dtype) != jnp.float32:
         yield f"model.param_dtype={jnp.dtype(model.param_dtype).name}: must be float32, small updates are lost in less; dtype is what computes"
     try:
-        paths = parameter_paths(model)
+        paths = list(parameter_shapes(model))
     except InputError as error:
         yield f"model.{error}"
         return
@@ -153,14 +150,6 @@ def _model(config):
     frozen = [any(re.fullmatch(p, path) for p in config.optim.freeze if _is_pattern(p)) for path in paths]
     if all(frozen):
         yield "optim.freeze: leaves nothing to train"
-
-
-@functools.lru_cache(8)
-def parameter_paths(model):
-    """["blocks/self_attn/qkv/kernel", ...]; traced, so that no device is needed for the random key."""
-    model = ops.plain(model)  # JAX is not to look for devices before the processes of a job have met
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
-    return list(flax.traverse_util.flatten_dict(shapes, sep="/"))
 
 
 def _is_pattern(text):

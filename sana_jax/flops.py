@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sana_jax import ops
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
+from sana_jax.parameters import abstract_parameters
 
 # Peak of dense bfloat16 products with float32 sums, FLOP/s, from the makers' data sheets, by
 # jax.Device.device_kind; the first that it begins with.
@@ -48,8 +49,8 @@ def forward(module, *inputs, method="__call__"):
       inputs: arrays or jax.ShapeDtypeStructs.
     """
     module = ops.plain(module)  # a kernel hides its loops
-    params = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
-    return of(lambda params, *inputs: module.apply(params, *inputs, method=method), params, *inputs)
+    params = abstract_parameters(module)
+    return of(lambda params, *inputs: module.apply({"params": params}, *inputs, method=method), params, *inputs)
 
 
 def of(fn, *args):

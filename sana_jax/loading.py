@@ -18,7 +18,6 @@ from sana_jax.checkpoints.read import read_json
 from sana_jax.components import load_dc_ae as load_dc_ae
 from sana_jax.components import load_gemma2 as load_gemma2
 from sana_jax.components import load_sana as load_sana
-from sana_jax.components import parameter_shapes as parameter_shapes
 from sana_jax.components import prepare_dc_ae, prepare_gemma2, prepare_sana
 from sana_jax.components import published_rules as published_rules
 from sana_jax.errors import InputError, require_choice

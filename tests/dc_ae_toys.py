@@ -14,6 +14,7 @@ from sana_jax import components
 from sana_jax.checkpoints import dc_ae as names
 from sana_jax.checkpoints import rules
 from sana_jax.models import dc_ae
+from sana_jax.parameters import parameter_shapes
 from tests import peers
 
 WIDTHS = (16, 32, 32, 64, 64, 128, 128, 128)
@@ -42,7 +43,7 @@ def fields_of(model):
 
 @functools.cache
 def shapes_of(model):
-    return components.parameter_shapes(model)
+    return parameter_shapes(model)
 
 
 def random_leaves(model, dtype=np.float32, seed=0):

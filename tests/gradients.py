@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sana_jax.checkpoints import rules
-from sana_jax.components import parameter_shapes
+from sana_jax.parameters import parameter_shapes
 from tests import peers
 
 BOUND = 5e-5  # of |ours - theirs| / |theirs|, leaf by leaf

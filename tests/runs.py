@@ -12,8 +12,9 @@ from sana_jax.experiment import Data, Experiment, Frozen, Optim, Preview, descri
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import abstract_parameters
 from sana_jax.stacks import NVLABS
-from sana_jax.training import initialise, optimizer
+from sana_jax.training import optimizer
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
 from sana_jax.training.state import TrainState
 from sana_jax.training.store import Store
@@ -35,7 +36,7 @@ OBJECTIVES = {Sana: Flow(shift=2.0, scaling_factor=0.5), DCAE: Autoencoder(), Ge
 def random_params(model, seed=0):
     """Every leaf N(0, 0.3), host arrays: zeros and ones would hide mistakes."""
     rng = np.random.default_rng(seed)
-    shapes = initialise.abstract(model)
+    shapes = abstract_parameters(model)
     return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 

@@ -89,9 +89,9 @@ def test_dc_ae_stages_leave_pixels_alone():
 
 
 def _paths(model):
-    from sana_jax.experiment_checks import parameter_paths
+    from sana_jax.parameters import parameter_shapes
 
-    return set(parameter_paths(model))
+    return set(parameter_shapes(model))
 
 
 def test_overrides_of_a_real_one():

@@ -20,6 +20,7 @@ from sana_jax.hub.names import SHORT_NAMES
 from sana_jax.models import sana as models
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA, DCAE
 from sana_jax.models.gemma2 import GEMMA2_2B, Gemma2, Prefix
+from sana_jax.parameters import abstract_parameters
 from sana_jax.stacks import DIFFUSERS
 from sana_jax.training import initialise, layout, optimizer
 from sana_jax.training.objectives import Frozen
@@ -68,7 +69,7 @@ def train_step(config, mesh, shape, cached=None, stages=()):
     known = {stage.name: stage.model for stage in stages}
     model, optim, batch = config.model, config.optim, config.data.batch
     layout.check_batch(batch, optim.accumulate, mesh)
-    abstract = initialise.abstract(model)
+    abstract = abstract_parameters(model)
     tx = optimizer.make(optim, config.steps, batch, abstract)
     state = jax.eval_shape(lambda params: create(params, tx, optim.ema), abstract)
     placed = layout.state_shardings(state, model, mesh)
@@ -113,7 +114,7 @@ def frozen_of(config, batch, mesh, known):
     for name, cls in (("dc_ae", DCAE), ("text", Gemma2)):
         if name in needed:
             modules[name] = module = _structure(getattr(config.frozen, name), cls, known)
-            shapes = initialise.abstract(module)
+            shapes = abstract_parameters(module)
             params[name] = layout.with_shardings(shapes, layout.param_shardings(shapes, module, mesh))
     if "states" in batch or "ids" in batch and "text" in modules:
         width, length = config.model.caption_width, config.data.tokens
@@ -179,7 +180,7 @@ def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300, kernels="aut
     fresh = rows((plan.steps, *latents), jnp.float32, axis=1) if plan.static["sampler"] == "scm" else None
     params = {}
     for part, one in (("sana", module), ("dc_ae", dc_ae)):
-        shapes = initialise.abstract(one)
+        shapes = abstract_parameters(one)
         params[part] = layout.with_shardings(shapes, layout.param_shardings(shapes, one, mesh))
 
     def paint(kernels, params, conditions, latents, fresh):

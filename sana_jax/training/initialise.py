@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax import components, ops, overrides
+from sana_jax import components, overrides
 from sana_jax.checkpoints.read import read_json
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.hub.download import find_model
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import abstract_parameters, parameter_shapes
 from sana_jax.training.layout import param_shardings
 from sana_jax.training.reading import read_params
 
@@ -49,24 +50,13 @@ def parameters(model, init, mesh, seed):
     wanted = model if init.grow is None else model.clone(depth=source.depth)
     if init.grow is not None and source.depth < init.grow:
         raise InputError(f"init.grow={init.grow}: {init.weights} has only {source.depth} blocks")
-    require_same(shapes_of(wanted), shapes_of(source), init.weights)
+    require_same(parameter_shapes(wanted), parameter_shapes(source), init.weights)
     params = read(mesh)
     return params if init.grow is None else grow(params, fresh(seed), init.grow)
 
 
-def shapes_of(model):
-    """{path: shape} of the parameters."""
-    return {path: leaf.shape for path, leaf in flatten_dict(abstract(model), sep="/").items()}
-
-
-def abstract(model):
-    """The parameters as ShapeDtypeStructs; the key is traced, so that no device is asked."""
-    model = ops.plain(model)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
-
-
 def _random(model, mesh, seed):
-    shardings = param_shardings(abstract(model), model, mesh)
+    shardings = param_shardings(abstract_parameters(model), model, mesh)
     make = jax.jit(lambda key: model.init(key, *model.example_inputs())["params"], out_shardings=shardings)
     return make(jax.random.key(seed))
 

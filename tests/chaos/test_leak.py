@@ -13,13 +13,13 @@ SAVE_EVERY = 150 if NIGHT else 10**6
 LIMIT = 5e6  # bytes in 1000 steps
 
 
-def measure(folder, cache, *overrides):
+def measure(folder, cache, *overrides, steps=STEPS, warm=WARM):
     """(bytes in 1000 steps, live arrays at each step, compilations so far) behind the warm-up."""
-    settings = ("log.every=50", f"checkpoint.every={SAVE_EVERY}", f"steps={STEPS}", *overrides)
+    settings = ("log.every=50", f"checkpoint.every={SAVE_EVERY}", f"steps={steps}", *overrides)
     run = Run(folder, cache, *settings, script=("-m", "tests.chaos.faults", "probe"))
     run.finish()
     (line,) = [line for line in run.log().read_text().splitlines() if line.startswith("PROBE ")]
-    memory, arrays, compiled = np.array(json.loads(line.removeprefix("PROBE "))[WARM:-1]).T  # not the last: its checkpoint is on its way
+    memory, arrays, compiled = np.array(json.loads(line.removeprefix("PROBE "))[warm:-1]).T  # not the last: its checkpoint is on its way
     slope = np.polyfit(np.arange(memory.size), memory, 1)[0] * 1000
     assert run.orphans() == []
     return slope, arrays, compiled
@@ -39,5 +39,5 @@ def test_nothing_grows(tmp_path, cache, workers):
 
 def test_a_leak_would_be_seen(tmp_path, cache):
     """The control: a reader that keeps 4 KB of every record it reads."""
-    slope, _, _ = measure(tmp_path / "run", cache, "data.source.leak=4096")
+    slope, _, _ = measure(tmp_path / "run", cache, "data.source.leak=4096", steps=500, warm=250)
     assert slope > 2 * LIMIT, slope

@@ -110,9 +110,9 @@ def small(op):
 
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_pallas_tiles_fit(op, device, dtype, monkeypatch):
-    for sm in gpu.take(monkeypatch, device):
-        for d in WIDTHS:
-            assert gpu.check_pallas(program(op, 2, N, d, dtype, "pallas"), sm) == 2
+    cards = gpu.take(monkeypatch, device)
+    for d in WIDTHS:
+        assert gpu.check_pallas(program(op, 2, N, d, dtype, "pallas"), cards) == 2
 
 
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
@@ -170,4 +170,4 @@ def test_a_race_is_caught(op, monkeypatch):
 def test_a_spill_is_caught(op, monkeypatch):
     accuracy.coarse(monkeypatch, elements=16384, warps=2)
     with pytest.raises(AssertionError, match="spills="):
-        gpu.check_pallas(program(op, 2, N, 2240, "float32", "pallas"), 90)
+        gpu.check_pallas(program(op, 2, N, 2240, "float32", "pallas"), [90])

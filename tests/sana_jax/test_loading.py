@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import loading, saving, schedulers
+from sana_jax import saving, schedulers
 from sana_jax.checkpoints import write
 from sana_jax.checkpoints.read import open_checkpoint
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.loading import load_dc_ae, load_gemma2, load_pipeline, load_sana
+from sana_jax.parameters import parameter_shapes
 
 pytestmark = pytest.mark.parity  # the toy folder is made by the peers
 LOADERS = {"transformer": load_sana, "vae": load_dc_ae, "text_encoder": load_gemma2}
@@ -60,7 +61,7 @@ def copy(toy_folder, tmp_path):
 @pytest.mark.parametrize("name", LOADERS)
 def test_components(toy_folder, name):
     module, params = LOADERS[name](toy_folder / name)
-    assert {k: v.shape for k, v in flat(params).items()} == loading.parameter_shapes(module)
+    assert {k: v.shape for k, v in flat(params).items()} == parameter_shapes(module)
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     stored = open_checkpoint(toy_folder / name).header
     assert sum(np.prod(shape, dtype=int) for shape, _ in stored.values()) == sum(a.size for a in jax.tree.leaves(params))

@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from sana_jax import saving, sharding
-from sana_jax.components import load_dc_ae, load_gemma2, load_sana, parameter_shapes, sharding_table
+from sana_jax.components import load_dc_ae, load_gemma2, load_sana, sharding_table
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.models import sana as models
 from sana_jax.models.dc_ae import DC_AE_F32C32_SANA, DCAE
 from sana_jax.models.gemma2 import GEMMA2_2B, Gemma2
+from sana_jax.parameters import parameter_shapes
 from sana_jax.sharding import make_mesh
 from tests.quick import xla_flags
 

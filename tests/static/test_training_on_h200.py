@@ -13,7 +13,8 @@ from sana_jax import aot, experiment
 from sana_jax.aot import programs
 from sana_jax.aot.compiling import NO_TRITON_GEMM, overheard
 from sana_jax.models.sana import SANA_600M
-from sana_jax.training import initialise, layout
+from sana_jax.parameters import abstract_parameters
+from sana_jax.training import layout
 
 pytestmark = [
     pytest.mark.static,
@@ -56,7 +57,7 @@ def test_without_the_rule_for_rows_activations_are_exchanged():
     """The control of the test above: what `layout.on_mesh` is for."""
     model = SANA_600M.clone(depth=1, width=288, heads=9, cross_heads=4, dtype=jnp.bfloat16)
     mesh = aot.mesh_of("h200", fsdp=8)
-    shapes = initialise.abstract(model)
+    shapes = abstract_parameters(model)
     params = layout.with_shardings(shapes, layout.param_shardings(shapes, model, mesh))
     batch = {"x": (64, 16, 16, 32), "t": (64,), "states": (64, 32, model.caption_width), "mask": (64, 32)}
     rows = {

@@ -8,9 +8,10 @@ import pytest
 
 from sana_jax.checkpoints import rules, sana
 from sana_jax.checkpoints.read import Checkpoint
-from sana_jax.components import fields_of, parameter_shapes, published_rules
+from sana_jax.components import fields_of, published_rules
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.models import sana as models
+from sana_jax.parameters import parameter_shapes
 
 SIZES = {  # module, parameters, tensors in diffusers' names (docs/numerics.md 1.1), in NVlabs'
     "0.6B": (models.SANA_600M, 591_747_872, 548, 28 * 15 + 16),

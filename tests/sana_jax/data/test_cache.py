@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from sana_jax import saving, sharding
-from sana_jax.components import parameter_shapes
 from sana_jax.data import buckets, cache, folder, shapes_render
 from sana_jax.data.array_record import Writer
 from sana_jax.data.cached import META, Cached
@@ -32,6 +31,7 @@ from sana_jax.experiment import Data, Experiment, Frozen, Mesh, Optim
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 from sana_jax.training import frozen, layout
 from sana_jax.training.objectives import Flow
 from sana_jax.training.objectives.flow import text_states

@@ -17,10 +17,10 @@ from sana_jax import ops
 from sana_jax.checkpoints import rules
 from sana_jax.checkpoints import sana as names
 from sana_jax.errors import InputError
-from sana_jax.loading import parameter_shapes
 from sana_jax.models import embeddings
 from sana_jax.models import sana as models
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 from sana_jax.stacks import NVLABS
 from tests import peers
 from tests.toy_pipeline import VARIANTS, make_transformer, run_transformer, transformer_case

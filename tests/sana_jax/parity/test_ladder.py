@@ -1,7 +1,6 @@
 """`python -m sana_jax.parity` on toy folders: they agree, and a wrong tensor is named by its line."""
 
 import contextlib
-import functools
 import io
 import json
 import re
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import components
 from sana_jax.parity import case as cases
 from sana_jax.parity import peers
 from sana_jax.parity.__main__ import main
@@ -28,14 +26,6 @@ def make_light_dc_ae():
     kinds, scales = ["ResBlock"] * 5 + ["EfficientViTBlock"], [[]] * 5 + [[5]]
     sides = ({f"{side}_block_types": kinds, f"{side}_qkv_multiscales": scales} for side in ("encoder", "decoder"))
     return make_dc_ae(**{key: value for side in sides for key, value in side.items()})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shapes_once():
-    """Every run builds the same few modules; their shapes take longer than the comparisons."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "parameter_shapes", functools.cache(components.parameter_shapes))
-        yield
 
 
 @pytest.fixture(scope="module")

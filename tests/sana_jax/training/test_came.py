@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sana_jax.components import parameter_shapes
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 from sana_jax.training.came import is_factored, layer_axes, scale_by_came
 
 B1, B2, B3, EPS1, EPS2 = 0.9, 0.999, 0.9999, 1e-30, 1e-16

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from sana_jax.errors import CheckpointError, InputError
 from sana_jax.experiment import Init
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import parameter_shapes
 from sana_jax.saving import save_component
 from sana_jax.sharding import make_mesh
 from sana_jax.training import initialise, layout
@@ -201,6 +202,6 @@ def test_a_description_of_something_else(tmp_path):
 def test_shapes_do_not_ask_for_the_device_of_a_kernel():
     """On a machine without a GPU too, where `init` with a kernel's name is refused."""
     kernels = SANA.clone(kernels="pallas")
-    assert initialise.shapes_of(kernels) == initialise.shapes_of(SANA)
+    assert parameter_shapes(kernels) == parameter_shapes(SANA)
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
         jax.eval_shape(lambda: kernels.init(jax.random.key(0), *kernels.example_inputs()))

@@ -15,8 +15,9 @@ from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.layers import by_rows
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import abstract_parameters
 from sana_jax.sharding import make_mesh
-from sana_jax.training import initialise, layout, optimizer
+from sana_jax.training import layout, optimizer
 from sana_jax.training.optimizer import CAME, AdamW
 from sana_jax.training.state import create
 
@@ -30,7 +31,7 @@ DC_AE = DCAE(
 
 def abstract_state(module, rule, **changes):
     optim = experiment.Optim(rule, ema=0.99, **changes)
-    params = initialise.abstract(module)
+    params = abstract_parameters(module)
     tx = optimizer.make(optim, 10, 8, params)
     return jax.eval_shape(lambda params: create(params, tx, optim.ema), params)
 

@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from sana_jax import experiment
 from sana_jax.models.sana import Sana
+from sana_jax.parameters import abstract_parameters
 from sana_jax.sharding import make_mesh
-from sana_jax.training import initialise, layout, optimizer
+from sana_jax.training import layout, optimizer
 from sana_jax.training.objectives import Flow
 from sana_jax.training.optimizer import CAME, AdamW
 from sana_jax.training.state import create
@@ -41,7 +42,7 @@ def program(rule, accumulate, sizes):
     """(mesh, first state as host arrays, shardings, step)."""
     mesh = make_mesh(**dict(sizes), devices=None if sizes else jax.devices()[:1])
     optim = experiment.Optim(RULES[rule], lr=RATES[rule], clip=0.1, accumulate=accumulate, ema=0.9)
-    tx = optimizer.make(optim, STEPS, ROWS, initialise.abstract(MODEL))
+    tx = optimizer.make(optim, STEPS, ROWS, abstract_parameters(MODEL))
     layout.check_batch(ROWS, accumulate, mesh)
     params = MODEL.init(jax.random.key(0), *MODEL.example_inputs())["params"]
     state = create(params, tx, optim.ema)
