@@ -332,7 +332,7 @@ MAY_CHANGE = (
     r"name|steps|workdir",
     r"data\.(bad_share|bad_window|buffer|threads|workers)",
     r"data\.source\.path",  # a checkpoint knows the data by their fingerprint
-    r"model\.(kernels|remat|unroll)",
+    r"model\.(kernels|remat|scaling_factor|unroll)",  # what a loss does not see: an autoencoder's is measured behind it
     r"optim\.(accumulate|base_batch|clip|decay|lr|lr_rule|max_skips_in_row|no_decay|warmup)",
 )
 

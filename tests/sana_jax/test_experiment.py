@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from sana_jax.data.synthetic import Synthetic
 from sana_jax.data.tar import Tar
 from sana_jax.errors import InputError
 
+DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
 HEAD = """
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.experiment import *
@@ -274,6 +276,14 @@ def test_a_run_goes_on_with_some_changes_only(write):
     assert str(raised.value).count("->") == len(forbidden) and "steps" not in str(raised.value)
     del old["preview"]["steps"], old["objective"]["shift"]  # of a version that had no such fields
     assert len(experiment.changes(old, experiment.load(path, ["workdir=a"]))) == 2
+
+
+def test_the_scale_of_latents_may_change_behind_an_autoencoder():
+    """It does not enter the loss, and is measured when the training is over."""
+    config = next(one for one in experiment.load(DEBUG, ["workdir=a"]).stages if one.name == "autoencoder")
+    other = dataclasses.replace(config, model=config.model.clone(scaling_factor=0.7))
+    (line,) = experiment.changes(experiment.describe(config), other)
+    assert line == f"model.scaling_factor: {config.model.scaling_factor} -> 0.7"
 
 
 def test_a_config_is_one_hashable_value(write):
