@@ -17,7 +17,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from sana_jax import memory, precision, sharding
+from sana_jax import memory, ops, precision, sharding
 from sana_jax.checkpoints import dc_ae as dc_ae_format
 from sana_jax.checkpoints import dc_ae_names
 from sana_jax.checkpoints import gemma2 as gemma2_format
@@ -183,6 +183,7 @@ def open_weights(path, overrides=(), variant=None, stems=STEMS, published=None, 
 
 
 def _load(prepared, path, mesh):
+    ops.require_runnable(getattr(prepared.module, "kernels", "auto"))
     memory.require_memory(prepared.bytes_held(mesh), path, mesh and mesh.devices.flat)
     return prepared.read(mesh)
 

@@ -1,17 +1,11 @@
 """What parameters a model has: names, shapes and types, without making any and without asking a device."""
 
-import functools
-
 import jax
 from flax.traverse_util import flatten_dict
 
 from sana_jax import ops
 
-
-@functools.lru_cache(64)
-def _traced(module):
-    """Once for each structure: a trace of SANA-1.6B or of DC-AE takes a second."""
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))["params"]
+_traced = {}  # a trace of SANA-1.6B or of DC-AE takes a second, and a start of train.py needs four
 
 
 def abstract_parameters(module):
@@ -20,7 +14,12 @@ def abstract_parameters(module):
     The random key is traced as well, for in a job of several processes no device may be asked for before
     they have met.
     """
-    return jax.tree.map(lambda leaf: leaf, _traced(ops.plain(module)))  # dicts of the caller's own
+    module = ops.plain(module)
+    # By its text: 2 and 2.0 are equal but build different modules, and lists build one but have no hash.
+    key = repr(module), jax.config.jax_enable_x64, jax.sharding.get_abstract_mesh()
+    if key not in _traced:
+        _traced[key] = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))["params"]
+    return jax.tree.map(lambda leaf: leaf, _traced[key])  # dicts of the caller's own
 
 
 def parameter_shapes(module):

@@ -11,6 +11,7 @@ STEPS, WARM = (20000, 2000) if NIGHT else (1000, 500)
 # The allocator needs some dozen checkpoints to settle (10 MB more, then 2 MB in 1000 steps): too long by day.
 SAVE_EVERY = 150 if NIGHT else 10**6
 LIMIT = 5e6  # bytes in 1000 steps
+SHORT = {} if NIGHT else dict(steps=500, warm=250)  # enough for the control, but not beside checkpoints
 
 
 def measure(folder, cache, *overrides, steps=STEPS, warm=WARM):
@@ -39,5 +40,5 @@ def test_nothing_grows(tmp_path, cache, workers):
 
 def test_a_leak_would_be_seen(tmp_path, cache):
     """The control: a reader that keeps 4 KB of every record it reads."""
-    slope, _, _ = measure(tmp_path / "run", cache, "data.source.leak=4096", steps=500, warm=250)
+    slope, _, _ = measure(tmp_path / "run", cache, "data.source.leak=4096", **SHORT)
     assert slope > 2 * LIMIT, slope

@@ -229,7 +229,7 @@ def check(report, sm):
 def check_pallas(program, cards):
     """Compiles and checks the Pallas kernels of a program for some cards; gives how many there are.
 
-    They are lowered once: with the same tiles the IR is the same, see test_every_card_gets_the_same_ir.
+    They are lowered once: with the same tiles the IR is the same, see test_only_tiles_differ_among_cards.
     """
     kernels = pallas_kernels(*program, sm=cards[0])
     for kernel in kernels:

@@ -115,6 +115,14 @@ def test_pallas_tiles_fit(op, device, dtype, monkeypatch):
         assert gpu.check_pallas(program(op, 2, N, d, dtype, "pallas"), cards) == 2
 
 
+@pytest.mark.parametrize("op", marked(*((op,) for op in OPS)))
+def test_only_tiles_differ_among_cards(op, monkeypatch):
+    """tests/pallas_kernels/test_static.py has the control."""
+    gpu.take(monkeypatch, "default")
+    first, *others = (gpu.pallas_kernels(*program(op, 2, N, 2240, "bfloat16", "pallas"), sm=sm) for sm in gpu.SHARED)
+    assert len(first) == 2 and others == [first] * 2
+
+
 @pytest.mark.parametrize("op, device, dtype", marked(*TILES))
 def test_jax_triton_tiles_fit(op, device, dtype, monkeypatch):
     for sm in gpu.take(monkeypatch, device):

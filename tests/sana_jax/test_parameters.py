@@ -1,0 +1,43 @@
+"""Shapes of parameters are traced once, and each module has its own."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sana_jax.components import load_dc_ae, load_sana
+from sana_jax.errors import InputError
+from sana_jax.models.sana import Sana
+from sana_jax.parameters import abstract_parameters, parameter_shapes
+
+TOY = Sana(width=32, depth=1, heads=1, cross_heads=1, caption_width=16)
+
+
+def test_what_the_module_makes(monkeypatch):
+    made = TOY.init(jax.random.key(0), *TOY.example_inputs())["params"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract_parameters(TOY))
+    assert parameter_shapes(TOY)["blocks/self_attn/qkv/kernel"] == (1, 32, 96)
+    monkeypatch.setattr(Sana, "init", None)  # it is not asked again
+    abstract_parameters(TOY).clear()  # nor does a caller's copy matter
+    assert parameter_shapes(TOY.clone())["blocks/self_attn/qkv/kernel"] == (1, 32, 96)
+
+
+def test_what_is_equal_may_still_be_another():
+    assert parameter_shapes(TOY.clone(depth=2))["blocks/self_attn/qkv/kernel"] == (2, 32, 96)
+    assert parameter_shapes(TOY) and 32 == 32.0
+    with pytest.raises(TypeError):
+        parameter_shapes(TOY.clone(width=32.0))
+    half = abstract_parameters(TOY.clone(param_dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parity
+def test_loading(toy_folder):
+    """A float for a whole number is an error also where the right one was loaded before; lists are fine."""
+    module, _ = load_sana(toy_folder / "transformer")
+    with pytest.raises(InputError, match=f"width={float(module.width)}"):
+        load_sana(toy_folder / "transformer", width=float(module.width))
+    dc_ae, _ = load_dc_ae(toy_folder / "vae")
+    again, _ = load_dc_ae(toy_folder / "vae", encoder_depths=list(dc_ae.encoder_depths))
+    assert list(again.encoder_depths) == list(dc_ae.encoder_depths)
+    with pytest.raises(InputError, match="kernels='pallas': needs an NVIDIA GPU"):
+        load_sana(toy_folder / "transformer", kernels="pallas")
