@@ -24,7 +24,7 @@ from sana_jax.stacks import NVLABS
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
 from sana_jax.training.optimizer import AdamW
 
-SCALE = 0.06  # of the latent, so that its standard deviation is about 1 (measured behind the autoencoder)
+SCALE = 1.46  # of the latent, so that its standard deviation is about 1 (measured behind the autoencoder)
 # Of the captions with a score of 25 or more, the better ones more often: at a temperature of 0.1 those
 # that leave out a colour would hardly be seen.
 CAPTIONS = Captions("power", threshold=25.0, temperature=0.5)
@@ -48,7 +48,7 @@ text = Experiment(
     objective=LanguageModel(),
     data=data(256, 64, TEXTS),
     optim=Optim(rule, lr=2e-3, warmup=100, decay="cosine", clip=1.0, no_decay=(r".*norm/scale",)),
-    steps=4000,
+    steps=2500,
     preview=Preview(every=0),
     **often,
 )
@@ -64,19 +64,20 @@ autoencoder = Experiment(
         scaling_factor=SCALE,
     ),
     objective=Autoencoder(l1=0.0, l2=1.0, ssim=0.0, lpips=0.0),
-    data=data(128, 32),
+    data=data(128, 8),  # small batches: many steps matter more
     optim=Optim(rule, lr=1e-3, warmup=50, clip=1.0, ema=0.995),
-    steps=20_000,
-    preview=Preview(every=1000),
+    steps=1700,
+    preview=Preview(every=200),
     **often,
 )
 autoencoder_256 = dataclasses.replace(
     autoencoder,
     name="autoencoder_256",
-    data=data(256, 32),
+    objective=Autoencoder(l1=0.0, l2=1.0, ssim=0.1, lpips=0.0),
+    data=data(256, 8),
     init=Init("stage:autoencoder"),
-    optim=Optim(rule, lr=7e-4, warmup=200, decay="cosine", clip=1.0, ema=0.999),
-    steps=6000,
+    optim=Optim(rule, lr=1e-3, warmup=50, decay="cosine", clip=1.0, ema=0.995),
+    steps=3600,
 )
 flow = Experiment(
     name="flow",
