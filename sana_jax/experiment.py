@@ -225,6 +225,14 @@ def load(path, arguments=(), *, run=False):
     return _with_folders(config)
 
 
+def load_one(path, arguments=()):
+    """`load` of an experiment without stages, or of one stage that "stage=flow" takes.  Raises InputError."""
+    config = load(path, arguments)
+    if len(config.stages) > 1:
+        raise InputError(f"{path}: has stages; stage=NAME takes one of {', '.join(s.name for s in config.stages)}")
+    return config.stages[0] if config.stages else config
+
+
 def read_file(path):
     """`config` of a Python file.  Raises InputError."""
     path = pathlib.Path(path)

@@ -308,11 +308,7 @@ def main(arguments=None):
     parser.add_argument("--hosts", type=int, default=1, help="machines that share the work")
     options, overrides = parser.parse_known_args(arguments)
     try:
-        config = experiment.load(options.config, overrides)
-        if config.stages:
-            raise InputError(
-                f"{options.config}: has stages; stage=NAME takes one of {', '.join(s.name for s in config.stages)}"
-            )
+        config = experiment.load_one(options.config, overrides)
         if warning := compile_cache.keep_programs():
             print(warning, file=sys.stderr)
         chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}

@@ -186,11 +186,7 @@ def _open(options, overrides):
         return source.open(), how
     from sana_jax import experiment
 
-    config = experiment.load(options.what, overrides)
-    if config.stages:
-        raise InputError(
-            f"{options.what}: has stages; stage=NAME takes one of {', '.join(s.name for s in config.stages)}"
-        )
+    config = experiment.load_one(options.what, overrides)
     data, reads = config.data, config.objective.reads
     source = (
         dataclasses.replace(data.source, allow_damaged=True) if hasattr(data.source, "allow_damaged") else data.source
