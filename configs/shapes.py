@@ -82,12 +82,12 @@ autoencoder_256 = dataclasses.replace(
 flow = Experiment(
     name="flow",
     model=Sana(
-        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, unroll=6,
-        **NVLABS.sana_fields(),
+        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, position_scale=1.0, unroll=6,
+        **NVLABS.sana_fields(),  # and a position embedding, which the 2K model has
     ),
     objective=Flow(dropped_mask="empty", scaling_factor=SCALE),
-    data=data(256, 256),
-    optim=Optim(rule, lr=1e-3, warmup=500, decay="cosine", clip=1.0, ema=0.9995),
+    data=data(256, 64),
+    optim=Optim(rule, lr=1e-3, warmup=200, decay="cosine", clip=1.0, ema=0.999),
     steps=20_000,
     frozen=Frozen(dc_ae="stage:autoencoder_256", text="stage:text", chi="none"),
     preview=Preview(
@@ -99,8 +99,8 @@ flow = Experiment(
 flow_512 = dataclasses.replace(
     flow,
     name="flow_512",
-    model=flow.model.clone(sample_size=16),
-    data=data(512, 128),
+    model=flow.model.clone(sample_size=16, position_scale=2.0),  # the positions of 256 px, half as far apart
+    data=data(512, 64),
     init=Init("stage:flow"),
     optim=Optim(rule, lr=3e-4, warmup=200, decay="cosine", clip=1.0, ema=0.9995),
     steps=4000,
