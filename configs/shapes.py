@@ -5,7 +5,7 @@ autoencoder begins on small pictures, which are cheaper and hold the same edges;
 cascade, 256 and then 512 pixels.
 Paper: https://arxiv.org/abs/2410.10629, at 1/300 of its size.  Hardware: one GPU, or 2 CPU cores and
 patience.  Data: painted while it trains, no downloads.
-Cost: not measured yet as a whole; each stage is meant to take well under ten minutes on one H200.
+Cost: on a GPU not measured yet; README.md has the times of two CPU cores.
 
     python train.py configs/shapes.py workdir=runs/shapes
     python -m sana_jax.export runs/shapes/flow_512 models/shapes
