@@ -82,8 +82,10 @@ autoencoder_256 = dataclasses.replace(
 flow = Experiment(
     name="flow",
     model=Sana(
-        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, position_scale=1.0, unroll=6,
-        **NVLABS.sana_fields(),  # and a position embedding, which the 2K model has
+        width=192, depth=6, heads=6, cross_heads=6, caption_width=128, sample_size=8, unroll=6,
+        position_scale=1.0,  # which the 2K model has
+        caption_scale=1.0,  # or nothing is learned from text for thousands of steps
+        **NVLABS.sana_fields(),
     ),
     objective=Flow(dropped_mask="empty", scaling_factor=SCALE),
     data=data(256, 64),

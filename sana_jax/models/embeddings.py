@@ -91,9 +91,10 @@ class TimeEmbed(nn.Module):
 
 
 class CaptionEmbed(nn.Module):
-    """Text encoder states [b m 2304] -> [b m d], RMS-normalised."""
+    """Text encoder states [b m 2304] -> [b m d], RMS-normalised; `scale` is what the norm's weight begins with."""
 
     width: int
+    scale: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
@@ -102,6 +103,5 @@ class CaptionEmbed(nn.Module):
         dense = dense_of(self, small)
         x = by_rows(nn.gelu(dense(self.width, name="mlp_1")(states), approximate=True))
         x = dense(self.width, name="mlp_2")(x)
-        return RMSNorm(
-            CAPTION_NORM_EPS, scale_init=nn.initializers.constant(0.01), param_dtype=self.param_dtype, name="norm"
-        )(x)
+        begin = nn.initializers.constant(self.scale)
+        return RMSNorm(CAPTION_NORM_EPS, scale_init=begin, param_dtype=self.param_dtype, name="norm")(x)

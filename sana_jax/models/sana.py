@@ -211,6 +211,8 @@ class Sana(nn.Module):
       qk_norm: RMSNorm on queries and keys (SANA-1.5, Sprint).
       guidance_embed: the guidance scale is an input of the network (Sprint).
       attention_eps, cross_norm_eps, integer_time, clamp: see `stacks.Stack`.
+      caption_scale: of captions in a model that begins to learn.  0.01 is published; a short training hardly
+        gets away from it, and then pays no attention to text.
       remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
         each block from its input; "products", all but the products with weights, which are most of the
         work and half of the memory.
@@ -235,6 +237,7 @@ class Sana(nn.Module):
     cross_norm_eps: float = 1e-5
     integer_time: bool = False
     clamp: bool = False
+    caption_scale: float = 0.01
     remat: str | None = None
     unroll: int = 1
     kernels: str = "auto"
@@ -251,7 +254,7 @@ class Sana(nn.Module):
         types = (self.dtype, self.param_dtype)
         self.patch_embed = dense_of(self)(self.width)
         self.time_embed = TimeEmbed(self.width, self.guidance_embed, self.integer_time, *types)
-        self.caption_embed = CaptionEmbed(self.width, *types)
+        self.caption_embed = CaptionEmbed(self.width, self.caption_scale, *types)
         self.key_value = nn.vmap(
             KeyValue,
             in_axes=None,
