@@ -87,6 +87,15 @@ def test_random_parameters_are_distributed_as_published():
     assert len(leaves) == 16 and not any(path.endswith("kernel") for path in leaves)
 
 
+def test_captions_begin_at_another_scale():
+    """Nothing else is another."""
+    plain, louder = (flat(initialise.parameters(m, Init(), one_device(), seed=3)) for m in (SANA, SANA.clone(caption_scale=1.0)))
+    found = louder.pop("caption_embed/norm/scale")
+    np.testing.assert_array_equal(found, 1)
+    assert np.all(plain.pop("caption_embed/norm/scale") == np.float32(0.01))
+    assert plain.keys() == louder.keys() and all(np.array_equal(plain[path], louder[path]) for path in plain)
+
+
 def test_random_parameters_are_those_of_the_seed_on_any_mesh():
     whole, other = (initialise.parameters(GEMMA2, Init(), one_device(), seed) for seed in (1, 2))
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
