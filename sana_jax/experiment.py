@@ -226,10 +226,10 @@ def load(path, arguments=(), *, run=False):
 
 
 def load_one(path, arguments=()):
-    """`load` of an experiment without stages, or of one stage that "stage=flow" takes.  Raises InputError."""
+    """`load` where one experiment is wanted: of several stages "stage=flow" chooses one.  Raises InputError."""
     config = load(path, arguments)
     if len(config.stages) > 1:
-        raise InputError(f"{path}: has stages; stage=NAME takes one of {', '.join(s.name for s in config.stages)}")
+        raise InputError(f"{path}: has several stages; choose one with stage=NAME: {', '.join(s.name for s in config.stages)}")
     return config.stages[0] if config.stages else config
 
 

@@ -5,7 +5,7 @@ from flax.traverse_util import flatten_dict
 
 from sana_jax import ops
 
-_traced = {}  # a trace of SANA-1.6B or of DC-AE takes a second, and a start of train.py needs four
+_traced = {}  # a trace of SANA-1.6B or of DC-AE takes a second, and train.py asks four times before its first step
 
 
 def abstract_parameters(module):
@@ -15,7 +15,7 @@ def abstract_parameters(module):
     they have met.
     """
     module = ops.plain(module)
-    # By its text: 2 and 2.0 are equal but build different modules, and lists build one but have no hash.
+    # Not the module itself: one with width=32 equals one with width=32.0, which is none, and lists have no hash.
     key = repr(module), jax.config.jax_enable_x64, jax.sharding.get_abstract_mesh()
     if key not in _traced:
         _traced[key] = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))["params"]

@@ -211,8 +211,8 @@ class Sana(nn.Module):
       qk_norm: RMSNorm on queries and keys (SANA-1.5, Sprint).
       guidance_embed: the guidance scale is an input of the network (Sprint).
       attention_eps, cross_norm_eps, integer_time, clamp: see `stacks.Stack`.
-      caption_scale: of captions in a model that begins to learn.  0.01 is published; a short training hardly
-        gets away from it, and then pays no attention to text.
+      caption_scale: what the weight of the captions' norm is initialised with; a checkpoint has its own.  0.01 is
+        published, and a short training hardly moves it: text is then learned late.
       remat: what the backward pass computes again instead of having it kept: None, nothing; "full",
         each block from its input; "products", all but the products with weights, which are most of the
         work and half of the memory.

@@ -1,7 +1,7 @@
 """The parameters that a new run starts from: random, another run's, published ones, or a shallower model's.
 
 Random ones are those of the modules themselves, which hold the published initialisation
-(docs/numerics.md 5); every device makes its own part of them.
+(docs/numerics.md 5) but for another `Sana.caption_scale`; every device makes its own part of them.
 """
 
 import functools

@@ -249,7 +249,7 @@ def test_stages(write):
     assert type(experiment.load(path).stages[0].optim.lr) is float  # 1 in the file
     (alone,) = experiment.load(path, ["workdir=RUN", "stage=second"], run=True).stages
     assert alone == experiment.load(path, ["workdir=RUN"]).stages[1] == experiment.load_one(path, ["workdir=RUN", "stage=second"])
-    with pytest.raises(InputError, match="has stages; stage=NAME takes one of first, second"):
+    with pytest.raises(InputError, match="has several stages; choose one with stage=NAME: first, second"):
         experiment.load_one(path, ["workdir=RUN"])
     for argument, words in (
         ("steps=3", "begins with none of the stages first, second"),

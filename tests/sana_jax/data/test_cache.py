@@ -384,6 +384,14 @@ def test_the_command_with_bad_input(tmp_path, capsys):
     assert "frozen.dc_ae" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_the_command_takes_one_stage(tmp_path, capsys):
+    arguments = ["configs/debug.py", str(tmp_path / "out"), f"workdir={tmp_path / 'runs'}"]
+    assert cache.main(arguments) == 2
+    assert "several stages; choose one with stage=NAME: text, autoencoder, flow" in capsys.readouterr().err
+    assert cache.main([*arguments, "stage=flow"]) == 2  # whose frozen networks no run has made yet
+    assert f"{tmp_path / 'runs' / 'text'}: no such folder" in capsys.readouterr().err.replace("'", "")
+
+
 def test_only_pictures_of_a_flow_can_be_cached(config, made, tmp_path):
     with pytest.raises(InputError, match="Flow"):
         cache.make(with_source(config, Cached(str(made))), tmp_path / "out", OPTIONS)

@@ -138,6 +138,8 @@ def test_tars_in_folders_inside(tmp_path, capsys):
 
 
 CONFIG = """
+import dataclasses
+
 from sana_jax.data.captions import Captions
 from sana_jax.data.synthetic import Synthetic
 from sana_jax.experiment import Data, Experiment, Optim
@@ -152,6 +154,9 @@ config = Experiment(
 """
 
 
+STAGES = "config = Experiment(stages=(one, dataclasses.replace(one, name='two')))"
+
+
 def test_an_experiment(tmp_path, capsys):
     path = tmp_path / "toy.py"
     path.write_text(CONFIG)
@@ -159,6 +164,11 @@ def test_an_experiment(tmp_path, capsys):
     assert (status, err) == (0, "") and "7 records" in out and "64 x 64: 7" in out
     status, _, err = run(capsys, path, "data.source.recrods=7")
     assert status == 2 and "records" in err
+    path.write_text(CONFIG + "one = dataclasses.replace(config, name='one')\n" + STAGES)
+    status, out, err = run(capsys, path, "stage=one", "one.data.source.records=7")
+    assert (status, err) == (0, "") and "7 records" in out
+    status, _, err = run(capsys, path)
+    assert status == 2 and "choose one with stage=NAME: one, two" in err
 
 
 def test_bad_input(tmp_path, capsys):
