@@ -130,8 +130,8 @@ def random_params(module, seed=0):
     import flax.traverse_util
     import jax
 
-    from sana_jax.parameters import parameter_shapes
     from sana_jax.models.gemma2 import Gemma2
+    from sana_jax.parameters import parameter_shapes
 
     @functools.partial(jax.jit, static_argnums=1)  # one small program for each distinct shape
     def draw(key, shape, mean, scale):
