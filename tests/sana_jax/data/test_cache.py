@@ -385,7 +385,7 @@ def test_the_command_with_bad_input(tmp_path, capsys):
 
 
 def test_the_command_takes_one_stage(tmp_path, capsys):
-    arguments = ["configs/debug.py", str(tmp_path / "out"), f"workdir={tmp_path / 'runs'}"]
+    arguments = [str(pathlib.Path(__file__).parents[3] / "configs" / "debug.py"), str(tmp_path / "out"), f"workdir={tmp_path / 'runs'}"]
     assert cache.main(arguments) == 2
     assert "several stages; choose one with stage=NAME: text, autoencoder, flow" in capsys.readouterr().err
     assert cache.main([*arguments, "stage=flow"]) == 2  # whose frozen networks no run has made yet
