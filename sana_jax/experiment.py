@@ -23,7 +23,7 @@ from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
 from sana_jax.training.distributed import Distributed
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
-from sana_jax.training.optimizer import CAME, AdamW
+from sana_jax.training.optimizer import CAME, AdamW, Muon
 
 STAGE = experiment_checks.STAGE
 
@@ -67,7 +67,7 @@ class Data:
 class Optim:
     """How parameters move.
 
-    rule: AdamW(...) or CAME(...) of `training.optimizer`.
+    rule: AdamW(...), CAME(...) or Muon(...) of `training.optimizer`.
     lr, lr_rule, base_batch: the rate; "sqrt" multiplies it by sqrt(batch / base_batch), "linear" by the quotient.
     warmup: steps in which the rate rises from 0.
     decay: "constant", or "cosine" to 0 at the last step.
@@ -78,7 +78,7 @@ class Optim:
     max_skips_in_row: steps with a loss or gradient that is not finite, before the run stops.
     """
 
-    rule: AdamW | CAME
+    rule: AdamW | CAME | Muon
     lr: float = 1e-4
     lr_rule: Literal["none", "sqrt", "linear"] = "none"
     base_batch: int = 256

@@ -40,6 +40,8 @@ RANGES = {  # field: (least, greatest); None is always fine where the annotation
     "optim.rule.b1": (0, BELOW_1),
     "optim.rule.b2": (0, BELOW_1),
     "optim.rule.b3": (0, BELOW_1),
+    "optim.rule.beta": (0, BELOW_1),
+    "optim.rule.rms": (POSITIVE, math.inf),
     "optim.rule.weight_decay": (0, math.inf),
     "objective.shift": (POSITIVE, math.inf),
     "objective.logit_std": (POSITIVE, math.inf),

@@ -4,6 +4,7 @@ Paths are those of flax, "blocks/self_attn/qkv/kernel"; patterns are regular exp
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sana_jax.errors import InputError, nearest, require_choice
@@ -49,6 +51,53 @@ class CAME:
         return scale_by_came(self.b1, self.b2, self.b3, self.eps1, self.eps2, self.clip)
 
 
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Momentum, orthogonalised, for the matrices of layers; Adam for all else (https://arxiv.org/abs/2502.16982).
+
+    Updates of a matrix have a root mean square of about `rms`, where those of Adam have 0.2 to 0.4, so that
+    both have one rate.  Half of Adam's memory for the matrices, and five Newton-Schulz iterations a step.
+    matrices: patterns of whole paths; the last two axes are input and output, those before are layers.
+    beta: of the momentum; b1, b2, eps are Adam's.
+    """
+
+    matrices: tuple[str, ...] = (r"blocks/(?!.*depthwise).*/kernel", r"key_value/.*/kernel")
+    beta: float = 0.95
+    rms: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.03
+
+    def scale(self):
+        def kinds(tree):
+            paths = flatten_dict(tree, sep="/")
+            chosen = matching(paths, self.matrices, "optim.rule.matrices")
+            return unflatten_dict({path: "matrix" if path in chosen else "other" for path in paths}, sep="/")
+
+        def as_adam(updates, params):
+            return jax.tree.map(lambda u: u * (self.rms * math.sqrt(max(u.shape[-2:]))), updates)
+
+        matrix = optax.chain(_orthogonalised(self.beta), optax.stateless(as_adam))
+        return optax.partition({"matrix": matrix, "other": optax.scale_by_adam(self.b1, self.b2, self.eps)}, kinds)
+
+
+def _orthogonalised(beta):
+    """`optax.contrib.scale_by_muon` of the last two axes, whose iteration's constants are no state of a run."""
+
+    def axes(tree):
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), tree)
+
+    muon = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=axes)
+
+    def update(updates, state, params=None):
+        state = state._replace(ns_coeffs=muon.init({}).ns_coeffs)
+        updates, state = muon.update(updates, state, params)
+        return updates, state._replace(ns_coeffs=None)
+
+    return optax.GradientTransformation(lambda params: muon.init(params)._replace(ns_coeffs=None), update)
+
+
 class Optimizer(NamedTuple):
     """An optax transform that is initialised with all parameters and updates the `trained` ones.
 
@@ -65,7 +114,7 @@ def make(optim, steps, batch, params):
     """The Optimizer of a run.
 
     Args:
-      optim: with rule (AdamW or CAME), lr, lr_rule, base_batch, warmup, decay, clip, freeze, no_decay.
+      optim: with rule (AdamW, CAME or Muon), lr, lr_rule, base_batch, warmup, decay, clip, freeze, no_decay.
       steps: updates of the whole run, where a cosine ends.
       batch: rows of the global batch.
       params: nested dict of arrays or shapes.

@@ -18,7 +18,7 @@ from sana_jax.models.sana import Sana
 from sana_jax.parameters import abstract_parameters
 from sana_jax.sharding import make_mesh
 from sana_jax.training import layout, optimizer
-from sana_jax.training.optimizer import CAME, AdamW
+from sana_jax.training.optimizer import CAME, AdamW, Muon
 from sana_jax.training.state import create
 
 SANA = Sana(width=64, depth=2, heads=4, cross_heads=4, caption_width=32)
@@ -44,6 +44,14 @@ def test_every_leaf_has_a_place_that_divides_it(module, rule):
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     jax.tree.map(lambda a, s: s.shard_shape(a.shape), state, placed)  # raises unless it divides
     assert placed.step.spec == P() and placed.params == placed.ema
+
+
+def test_momentum_of_muon_is_cut_as_its_matrix():
+    state = abstract_state(SANA, Muon())
+    placed = layout.state_shardings(state, SANA, make_mesh(data=2, fsdp=2, tensor=2))
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
+    found = [s.spec for path, s in jax.tree_util.tree_leaves_with_path(placed.opt_state) if "qkv" in jax.tree_util.keystr(path)]
+    assert found == [P(None, "fsdp", "tensor")]
 
 
 def test_what_the_optimizer_keeps_is_cut_as_its_parameter():
