@@ -175,9 +175,11 @@ def test_five_steps_of_training():
 
     torch_module = copy.deepcopy(peer("1.0"))
     module, params = convert(torch_module)
-    torch_optimizer = torch.optim.AdamW(torch_module.parameters(), lr=1e-3, eps=1e-10, weight_decay=0.03)
+    # eps is above the rounding of gradients (about 1e-10): below, Adam makes full steps of that rounding,
+    # another on every processor.  test_optimizer_parity.py has SANA's 1e-10.
+    torch_optimizer = torch.optim.AdamW(torch_module.parameters(), lr=1e-3, eps=1e-7, weight_decay=0.03)
     rule = types.SimpleNamespace(
-        rule=AdamW(), lr=1e-3, lr_rule="none", base_batch=256, warmup=0, decay="constant", clip=0.1,
+        rule=AdamW(eps=1e-7), lr=1e-3, lr_rule="none", base_batch=256, warmup=0, decay="constant", clip=0.1,
         accumulate=1, ema=None, freeze=(), no_decay=(),
     )  # fmt: skip
     tx = optimizer.make(rule, 5, ROWS, params)
@@ -198,4 +200,4 @@ def test_five_steps_of_training():
         # which Adam makes steps of full size.
         bias = tree["key_value"]["kv"]["bias"]
         tree["key_value"]["kv"]["bias"] = bias.reshape(len(bias), module.cross_heads, 2, -1)[:, :, 1]
-    assert gradients.worst(moved, expected) <= 1e-3  # found 1e-4
+    assert gradients.worst(moved, expected) <= 4e-4  # found 4e-5
