@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from sana_jax.errors import InputError, nearest, require_choice
 from sana_jax.training.came import scale_by_came
@@ -92,10 +93,22 @@ def _orthogonalised(beta):
 
     def update(updates, state, params=None):
         state = state._replace(ns_coeffs=muon.init({}).ns_coeffs)
-        updates, state = muon.update(updates, state, params)
+        updates, state = muon.update(jax.tree.map(_divided, updates), state, params)
         return updates, state._replace(ns_coeffs=None)
 
     return optax.GradientTransformation(lambda params: muon.init(params)._replace(ns_coeffs=None), update)
+
+
+def _divided(leaf):
+    """[layers ...] with the layers over as many leading axes of the mesh as divide them.
+
+    A matrix is iterated as a whole; so each device has some of the matrices, where otherwise all have all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(mesh.axis_names) if leaf.ndim > 2 else ()
+    while axes and leaf.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec(axes)) if axes else leaf
 
 
 class Optimizer(NamedTuple):

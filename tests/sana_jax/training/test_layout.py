@@ -1,5 +1,7 @@
 """Where the state and the batches of a run lie on eight devices."""
 
+import math
+import re
 import types
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import experiment
@@ -52,6 +55,22 @@ def test_momentum_of_muon_is_cut_as_its_matrix():
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     found = [s.spec for path, s in jax.tree_util.tree_leaves_with_path(placed.opt_state) if "qkv" in jax.tree_util.keystr(path)]
     assert found == [P(None, "fsdp", "tensor")]
+
+
+@pytest.mark.parametrize("sizes, layers", [({"data": 2}, 2), ({"data": 3}, 4), ({}, 4)], ids=["divided", "indivisible", "alone"])
+def test_devices_share_the_matrices_that_muon_iterates(sizes, layers):
+    """Four layers; the [64 64] products of an iteration say how many of them a device has."""
+    grads = {"blocks": {"out": {"kernel": jax.random.normal(jax.random.key(0), (4, 64, 96))}}}
+    tx = optimizer.make(experiment.Optim(Muon(matrices=("blocks/.*/kernel",)), warmup=0), 10, 8, grads)
+    state = tx.init(grads)
+    alone, _ = tx.update(grads, state, grads)
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((grads, state, grads), NamedSharding(mesh, P()))
+        update = jax.jit(tx.update, out_shardings=NamedSharding(mesh, P())).lower(*placed).compile()
+        found = re.findall(r"f32\[(\d),64,64\]\S* (?:dot|custom-call)\(", update.as_text())
+        assert found and set(found) == {str(layers)}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), update(*placed)[0], alone)
 
 
 def test_what_the_optimizer_keeps_is_cut_as_its_parameter():
