@@ -130,7 +130,7 @@ def test_an_empty_prompt_is_guided_nowhere(pipeline):
 
 def test_without_a_box(monkeypatch, tmp_path):
     monkeypatch.setattr(bundled, "NAME", "absent")
-    with pytest.raises(InputError, match="model: none given and none is bundled yet"):
+    with pytest.raises(InputError, match="model: none given and this installation has none bundled"):
         sana_jax.load_pipeline()
     assert not bundled.is_bundled(tmp_path)
 

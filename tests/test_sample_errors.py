@@ -27,7 +27,7 @@ WRONG = [
     ("cat -p dog", "prompt: give it once"),
     ("cat --txt_file a.txt", "prompt: give it once"),
     ("--json_file a.json --from-image a.png", "--prompts-file and --from-image: give one of them"),
-    ("cat", "model: none given and none is bundled yet; pass --model with a folder in diffusers layout"),
+    ("cat", "model: none given and this installation has none bundled; pass --model with a folder in diffusers layout"),
     ("cat --model", "argument --model: expected one argument"),
     ("cat dog --model .", "unrecognized arguments: dog"),
     ("cat --model . --stepz 3", "unrecognized arguments: --stepz 3; did you mean --steps?"),

@@ -13,7 +13,7 @@ NAME = "shapes"
 OWNER = "the bundled model"  # whose vocabulary a warning about a word speaks of, and what it advises
 ADVICE = "for anything but shapes use --model MODEL, or load_pipeline(MODEL)"
 NO_MODEL = (
-    "model: none given and none is bundled yet; pass --model with a folder in diffusers layout or a "
+    "model: none given and this installation has none bundled; pass --model with a folder in diffusers layout or a "
     "Hugging Face id, e.g. Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 )
 
