@@ -7,11 +7,12 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import plots, shapes_detector, shapes_guidance, shapes_pictures, shapes_runs, shapes_solver
+from benchmarks import plots, shapes_detector, shapes_guidance, shapes_levels, shapes_pictures, shapes_runs, shapes_solver
 from sana_jax.evals.shapes import painters
 from sana_jax.evals.shapes.prompts import prompts
 from sana_jax.evals.shapes.verdict import judge
 from sana_jax.images import read_picture
+from sana_jax.sampling import flow_dpm_solver
 from tests import toy_shapes
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
@@ -95,6 +96,29 @@ def test_the_picture_of_the_readme(tmp_path):
     assert len(sheet) == 20 + 6 * (64 + 20 + 8)
     first, third = (sheet[40:104, x : x + 64] for x in (8, 8 + (sheet.shape[1] - 8) // 2))
     assert first.std() > 10 and (first != third).any()  # another seed is another picture
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 19])
+def test_sampling_from_a_noise_level_on(first):
+    x0, noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 3), np.float32)
+    whole = flow_dpm_solver.schedule(20, 1.5, order=3)
+    rest = shapes_levels.rest(whole, first)
+    sigma = rest.sigma[0]
+    end = flow_dpm_solver.flow_dpm_solver(lambda x, t: noise - x0, (1 - sigma) * x0 + sigma * noise, rest)
+    np.testing.assert_allclose(end, x0, atol=1e-5)
+    if first in (1, 7):  # the coefficients of a step that has earlier data are wrong for one that has none
+        cut = flow_dpm_solver.Schedule(*(array[first:] for array in whole))
+        wrong = flow_dpm_solver.flow_dpm_solver(lambda x, t: noise - x0, (1 - sigma) * x0 + sigma * noise, cut)
+        assert np.abs(wrong - x0).max() > 1e-3
+
+
+def test_levels_of_the_bundled_model(tmp_path):
+    flags = ["--output", str(tmp_path), "--smoke", "--images-per-category", "1", "--batch-size", "4"]
+    assert shapes_levels.main(flags) == 0
+    rows = json.loads((tmp_path / "shapes_levels.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["loss"] < row["other"] for row in rows[:3])  # it reads its prompt; six pictures of noise say nothing
+    assert shapes_levels.main([*flags[:-1], "0"]) == 2
 
 
 def test_marks_must_be_there(tmp_path):
