@@ -77,7 +77,7 @@ def run(argv=None, load=None):
     pipeline = load(args.model)
     (sana, params), own = pipeline.sana, pipeline.defaults
     size = (PATCH * sana.sample_size,) * 2
-    whole = flow_dpm_solver.schedule(4 if args.smoke else own["steps"], pipeline.flow_shift)
+    whole = flow_dpm_solver.schedule(2 if args.smoke else own["steps"], pipeline.flow_shift)
     firsts = sorted({int(np.argmin(abs(whole.sigma - level))) for level in LEVELS}, reverse=True)
     correct, losses = {first: [] for first in firsts}, {first: [] for first in firsts}
     for some, x0, noise, conditions in batches(pipeline, lines, size, 0, args.batch_size):
