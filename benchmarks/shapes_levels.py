@@ -79,15 +79,15 @@ def run(argv=None, load=None):
     size = (PATCH * sana.sample_size,) * 2
     whole = flow_dpm_solver.schedule(2 if args.smoke else own["steps"], pipeline.flow_shift)
     firsts = sorted({int(np.argmin(abs(whole.sigma - level))) for level in LEVELS}, reverse=True)
+    schedules = {first: rest(whole, first) for first in firsts}
     correct, losses = {first: [] for first in firsts}, {first: [] for first in firsts}
+    interval = np.array([0, 1], np.float32)
     for some, x0, noise, conditions in batches(pipeline, lines, size, 0, args.batch_size):
         states, mask, empty, empty_mask = conditions
         texts = (states, mask), (jnp.roll(states, -1, 0), jnp.roll(mask, -1, 0)), (empty, empty_mask)
-        for first in firsts:
-            schedule = rest(whole, first)
+        for first, schedule in schedules.items():
             sigma = schedule.sigma[0]
             start = flow.interpolate(x0, noise, jnp.full(len(x0), sigma))
-            interval = np.array([0, 1], np.float32)
             latents = programs.denoise_program(
                 params, conditions, start, schedule, np.float32(own["guidance_scale"]), interval,
                 sana=sana, sampler="flow-dpm-solver", guided=True, limited=False,
@@ -99,9 +99,9 @@ def run(argv=None, load=None):
     rows = []
     for first in firsts:
         score = intervals.wilson(sum(correct[first]), len(lines))
+        level, steps = round(float(whole.sigma[first]), 3), len(whole.sigma) - first
         means = np.concatenate(losses[first], axis=1).mean(axis=1).round(4).tolist()
-        steps = len(whole.sigma) - first
-        rows.append({"level": round(float(whole.sigma[first]), 3), "steps": steps, "score": str(score)} | dict(zip(COLUMNS[3:], means)))
+        rows.append(dict(zip(COLUMNS, (level, steps, str(score), *means))))
     settings = {"images": len(lines), "flow_shift": pipeline.flow_shift} | own | painters.identity(pipeline, "seen")
     environment.write_result(pathlib.Path(args.output) / "shapes_levels.json", rows, settings=settings)
     print(environment.table(rows, COLUMNS))
