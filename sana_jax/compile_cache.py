@@ -5,9 +5,11 @@ import pathlib
 
 import jax
 
+from sana_jax import parameters
+
 
 def keep_programs(folder=None):
-    """Lets jax keep what it compiles in `folder`, "none" for nowhere, None for the user's cache.
+    """Lets jax keep what it compiles, and `parameters` its tables, in `folder`, "none" for nowhere, None for the user's cache.
 
     Programs are executables, so the folder is private, and one that others can write to is refused.
     Returns None, or why there is no cache, as a sentence for a warning.
@@ -26,6 +28,7 @@ def keep_programs(folder=None):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    parameters.keep_tables(folder)
     return None
 
 

@@ -1,11 +1,30 @@
 """What parameters a model has: names, shapes and types, without making any and without asking a device."""
 
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+
+import flax
 import jax
-from flax.traverse_util import flatten_dict
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sana_jax import ops
 
 _traced = {}  # a trace of SANA-1.6B or of DC-AE takes a second, and train.py asks four times before its first step
+_folder = []  # at most one, where tables outlive the process
+
+
+def keep_tables(folder):
+    """Lets tables of parameters outlive the process, in a folder that nobody else can write to.
+
+    They are a fifth of a start of sample.py.  What a file there says is of this source of the models, this jax
+    and this flax.
+    """
+    _folder[:] = [pathlib.Path(folder)]
 
 
 def abstract_parameters(module):
@@ -18,10 +37,39 @@ def abstract_parameters(module):
     # Not the module itself: one with width=32 equals one with width=32.0, which is none, and lists have no hash.
     key = repr(module), jax.config.jax_enable_x64, jax.sharding.get_abstract_mesh()
     if key not in _traced:
-        _traced[key] = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))["params"]
+        _traced[key] = _kept(module, key) if _folder and key[-1].empty else _trace(module)
     return jax.tree.map(lambda leaf: leaf, _traced[key])  # dicts of the caller's own
 
 
 def parameter_shapes(module):
     """{path: shape} of them, with paths such as "blocks/self_attn/qkv/kernel"."""
     return {path: leaf.shape for path, leaf in flatten_dict(abstract_parameters(module), sep="/").items()}
+
+
+def _trace(module):
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))["params"]
+
+
+def _kept(module, key):
+    """The table in the folder, or the traced one, which is then there."""
+    name = hashlib.sha256(repr((*key[:2], jax.__version__, flax.__version__, _source())).encode()).hexdigest()
+    path = _folder[0] / f"parameters-{name[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or one that a full disk cut off: it is made again
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return unflatten_dict({name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, shape, dtype in rows}, sep="/")
+    found = _trace(module)
+    rows = [(path, leaf.shape, leaf.dtype.name) for path, leaf in flatten_dict(found, sep="/").items()]
+    with contextlib.suppress(OSError):  # the next start traces again
+        partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+        os.replace(partial, path)
+    return found
+
+
+@functools.cache
+def _source():
+    """sha256 of the models' own source."""
+    digest = hashlib.sha256()
+    for path in sorted((pathlib.Path(__file__).parent / "models").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

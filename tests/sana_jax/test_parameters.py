@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sana_jax import parameters
 from sana_jax.components import load_dc_ae, load_sana
 from sana_jax.errors import InputError
 from sana_jax.models.sana import Sana
@@ -41,3 +42,32 @@ def test_loading(toy_folder):
     assert list(again.encoder_depths) == list(dc_ae.encoder_depths)
     with pytest.raises(InputError, match="kernels='pallas': needs an NVIDIA GPU"):
         load_sana(toy_folder / "transformer", kernels="pallas")
+
+
+def test_tables_outlive_the_process(tmp_path, monkeypatch):
+    def start():
+        monkeypatch.setattr(parameters, "_traced", {})
+
+    monkeypatch.setattr(parameters, "_folder", [])
+    parameters.keep_tables(tmp_path)
+    half = TOY.clone(param_dtype=jnp.bfloat16)
+    start()
+    traced = {module: abstract_parameters(module) for module in (TOY, half)}
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2 and all(file.name.startswith("parameters-") for file in files)
+    with monkeypatch.context() as patch:
+        start()
+        patch.setattr(Sana, "init", None)  # it is not asked again
+        assert {module: abstract_parameters(module) for module in (TOY, half)} == traced
+        start()
+        patch.setattr(parameters, "_source", lambda: "models of another release")
+        with pytest.raises(TypeError):
+            abstract_parameters(TOY)
+    for broken in ("", "[[1]]", "null"):
+        for file in files:
+            file.write_text(broken)
+        start()
+        assert abstract_parameters(TOY) == traced[TOY]
+    parameters.keep_tables(tmp_path / "no such folder")
+    start()
+    assert abstract_parameters(TOY) == traced[TOY] and sorted(tmp_path.iterdir()) == files
