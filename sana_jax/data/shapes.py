@@ -6,6 +6,7 @@ at once.  Record i depends on the seed and i alone.
 
 import dataclasses
 import hashlib
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ class Shapes:
     aspects: height / width of the pictures, in turn.
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
+    turn: of a thing at most, radians to either side.
     """
 
     records: int = 2**31 - 1
@@ -34,6 +36,7 @@ class Shapes:
     aspects: tuple[float, ...] = (1.0,)
     seed: int = 0
     held_out: bool = False
+    turn: float = shapes_scene.TURN
 
     def open(self):
         """A `ShapesReader`.  Raises InputError: a number that is none."""
@@ -47,6 +50,7 @@ class Shapes:
             raise InputError(f"data.source.aspects={self.aspects!r}: must be a tuple of one or more numbers")
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
+        require_range("data.source.turn", self.turn, 0, math.pi, float)
         return ShapesReader(self)
 
 
@@ -82,7 +86,7 @@ class ShapesReader:
         aspect = self.source.aspects[i % len(self.source.aspects)]
         width, height = _extent(aspect)
         short = min(width, height)
-        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out)
+        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out, self.source.turn)
 
     def __getitem__(self, i):
         """The Record, with "scene" float32 [P] in place of a picture."""

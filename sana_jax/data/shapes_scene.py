@@ -23,7 +23,7 @@ BACKGROUNDS = {
 TEXTURES = ("plain", "gradient", "stripes", "dots")
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.205}  # radius of the smallest circle around a thing
 JITTER = 0.07  # of a radius, to either side
-TURN = 0.4  # of a thing, radians to either side
+TURN = 0.4  # of a thing at most, radians to either side, where nothing else is said
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 MAX_THINGS = 4
@@ -124,16 +124,17 @@ def counts(things):
 # ---- drawing a scene --------------------------------------------------------------------------------
 
 
-def sample(rng, width=1.0, height=1.0, held_out=False):
+def sample(rng, width=1.0, height=1.0, held_out=False, turn=TURN):
     """A random Scene: one that is held out, or one that is not.
 
     Args:
       rng: np.random.Generator; what is drawn from it depends on nothing else.
+      turn: as for `compose`.
     """
     kind = _kind(rng.random())
     while True:
         specs, related = _specs(rng, kind)
-        scene = compose(rng, specs, width, height, related)
+        scene = compose(rng, specs, width, height, related, turn)
         if is_held_out(scene) == held_out:
             return scene
 
@@ -151,13 +152,14 @@ def _specs(rng, kind):
     return [(SHAPES[first], None, None, some), (SHAPES[second], None, None, 1)], related
 
 
-def compose(rng, things, width=1.0, height=1.0, related=()):
+def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN):
     """A Scene of given things at random places; held out or not is not looked at.
 
     Args:
       things: (shape, colour or None, size or None, count) each; None is drawn, the same for all of them.
       related: (i, relation, j) each: every one of things[i] is clearly so, seen from every one of things[j].
       width, height: of the picture, in units of its shorter side.
+      turn: of each thing at most, radians to either side.
     Raises:
       InputError: a name that is none, too many things, or no room for them.
     """
@@ -179,13 +181,13 @@ def compose(rng, things, width=1.0, height=1.0, related=()):
         made = []  # (group, shape, colour, size) of each thing
         for group, (shape, colour, size, count) in enumerate(things):
             made += [(group, shape, colour or _of(rng, COLOURS), size or _of(rng, SIZES))] * count
-        placed = _placed(rng, made, width, height, wanted)
+        placed = _placed(rng, made, width, height, wanted, turn)
         if placed is not None:
             return Scene(tuple(placed), background, texture, width, height, tuple(rng.random(4).tolist()))
     raise InputError(f"things={things!r}, related={related!r}: find no room in {width:g} x {height:g}")
 
 
-def _placed(rng, made, width, height, wanted):
+def _placed(rng, made, width, height, wanted, turn):
     """Things at places of their own, or None: none were found."""
     random = rng.random
     for _ in range(SCATTERED):
@@ -194,7 +196,7 @@ def _placed(rng, made, width, height, wanted):
             radius = SIZES[size] * (1 + JITTER * (2 * random() - 1))
             for _ in range(PLACES):
                 x, y = (radius + (side - 2 * radius) * random() for side in (width, height))
-                thing = Thing(shape, colour, size, x, y, radius, TURN * (2 * random() - 1))
+                thing = Thing(shape, colour, size, x, y, radius, turn * (2 * random() - 1))
                 if all(_fits(thing, other, wanted.get((group, its))) for other, (its, *_) in zip(placed, made)):
                     placed.append(thing)
                     break

@@ -57,6 +57,16 @@ def test_a_seed_gives_the_same_for_ever(scenes):
     assert scenes[7] == world.sample(generator(7)) != world.sample(generator(7, seed=1))
 
 
+@pytest.mark.parametrize("held_out", (False, True))
+def test_scenes_that_turn_less_are_the_same_but_for_that(held_out):
+    for i in range(200):
+        whole, less = (world.sample(generator(i), held_out=held_out, turn=turn) for turn in (0.4, 0.1))
+        assert [one.angle for one in less.things] == pytest.approx([one.angle / 4 for one in whole.things])
+        assert [one._replace(angle=0) for one in less.things] == [one._replace(angle=0) for one in whole.things]
+        assert less._replace(things=()) == whole._replace(things=())
+        assert world.is_held_out(less) == held_out
+
+
 def test_training_scenes_have_nothing_that_is_held_out(scenes):
     assert not any(map(forbidden, scenes))
     others = [world.sample(generator(i), held_out=True) for i in range(400)]
