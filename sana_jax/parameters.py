@@ -52,16 +52,19 @@ def _trace(module):
 
 def _kept(module, key):
     """The table in the folder, or the traced one, which is then there."""
-    name = hashlib.sha256(repr((*key[:2], jax.__version__, flax.__version__, _source())).encode()).hexdigest()
+    name = _sha256(repr((*key[:2], jax.__version__, flax.__version__, _source())))
     path = _folder[0] / f"parameters-{name[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or one that a full disk cut off: it is made again
-        rows = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one: it is made again
+        digest, text = path.read_text(encoding="utf-8").split("\n")
+        if digest != _sha256(text):
+            raise ValueError("damaged")
+        rows = json.loads(text)
         return unflatten_dict({name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, shape, dtype in rows}, sep="/")
     found = _trace(module)
-    rows = [(path, leaf.shape, leaf.dtype.name) for path, leaf in flatten_dict(found, sep="/").items()]
+    text = json.dumps([(name, leaf.shape, leaf.dtype.name) for name, leaf in flatten_dict(found, sep="/").items()])
     with contextlib.suppress(OSError):  # the next start traces again
         partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
-        partial.write_text(json.dumps(rows), encoding="utf-8")
+        partial.write_text(f"{_sha256(text)}\n{text}", encoding="utf-8")
         os.replace(partial, path)
     return found
 
@@ -73,3 +76,7 @@ def _source():
     for path in sorted((pathlib.Path(__file__).parent / "models").glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -63,9 +63,9 @@ def test_tables_outlive_the_process(tmp_path, monkeypatch):
         patch.setattr(parameters, "_source", lambda: "models of another release")
         with pytest.raises(TypeError):
             abstract_parameters(TOY)
-    for broken in ("", "[[1]]", "null"):
+    for damage in (lambda text: "", lambda text: text[:-9], lambda text: text.replace("32", "33"), lambda text: "[]"):
         for file in files:
-            file.write_text(broken)
+            file.write_text(damage(file.read_text()))
         start()
         assert abstract_parameters(TOY) == traced[TOY]
     parameters.keep_tables(tmp_path / "no such folder")
