@@ -14,8 +14,8 @@ from benchmarks import environment, plots
 from benchmarks.shapes_runs import arguments, command, docs_of, heading, interval, markdown, open_runs, write_between
 
 SWEEPS = {
-    "guidance_scale": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
-    "flow_shift": (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0),
+    "guidance_scale": (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    "flow_shift": (1.0, 2.0, 3.0, 4.0, 6.0),
 }
 TITLES = {"guidance_scale": "Guidance scale", "flow_shift": "Flow shift"}
 

@@ -72,9 +72,7 @@ def run(argv=None, load=None):
     args = parser.parse_args(argv)
     require_positive("batch_size", args.batch_size)
     lines = prompts("seen", args.images_per_category)
-    if load is None:
-        from sana_jax.loading import load_pipeline as load
-    pipeline = load(args.model)
+    pipeline = (load or painters.load)(args.model)
     (sana, params), own = pipeline.sana, pipeline.defaults
     size = (PATCH * sana.sample_size,) * 2
     whole = flow_dpm_solver.schedule(2 if args.smoke else own["steps"], pipeline.flow_shift)

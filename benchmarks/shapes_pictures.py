@@ -26,9 +26,7 @@ def run(argv=None, load=None):
     parser.add_argument("--model", help="pipeline folder; the bundled model if left out")
     parser.add_argument("--side", type=int, default=160, help="pixels of a picture on the sheet (160)")
     args = parser.parse_args(argv)
-    if load is None:
-        from sana_jax.loading import load_pipeline as load
-    pipeline, lines = load(args.model), prompts("seen", 1)
+    pipeline, lines = (load or painters.load)(args.model), prompts("seen", 1)
     height = width = PATCH * pipeline.sana[0].sample_size
     options = {"height": height, "width": width} | ({"steps": 2} if args.smoke else {})
     columns = [painters.sampled(pipeline, seed, **options)(lines, [0] * len(lines)) for seed in SEEDS]

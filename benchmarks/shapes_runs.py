@@ -5,7 +5,6 @@ batch by batch, so that a script that was interrupted goes on.
 """
 
 import datetime
-import functools
 import os
 import pathlib
 import re
@@ -135,18 +134,11 @@ def command(name, run):
     return main
 
 
-@functools.cache
-def _load(model):
-    from sana_jax.loading import load_pipeline
-
-    return load_pipeline(model)
-
-
 def open_runs(args, load=None):
     """The `Runs` of these arguments."""
     size = {"height": args.height, "width": args.width}
     per_category = 1 if args.smoke else args.images_per_category
-    return Runs((load or _load)(args.model), args.output, per_category, batch=args.batch_size, **size)
+    return Runs((load or painters.load)(args.model), args.output, per_category, batch=args.batch_size, **size)
 
 
 def markdown(heads, rows):

@@ -51,7 +51,7 @@ def parse(argv):
 def main(argv=None, load=None):
     args = parse(argv)
     try:
-        score = run(args, load or _load)
+        score = run(args, load or painters.load)
     except (InputError, OSError) as error:
         print(f"sana_jax.evals.shapes: error: {error}", file=sys.stderr)
         return 2
@@ -62,12 +62,6 @@ def main(argv=None, load=None):
         print("sana_jax.evals.shapes: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 1 if args.minimum is not None and score < args.minimum else 0
-
-
-def _load(model):
-    from sana_jax.loading import load_pipeline
-
-    return load_pipeline(model)
 
 
 def run(args, load):

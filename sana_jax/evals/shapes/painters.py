@@ -13,9 +13,17 @@ from sana_jax.data import shapes_scene as world
 from sana_jax.data.shapes import Shapes
 from sana_jax.evals.shapes import detector
 from sana_jax.evals.shapes.prompts import asked_for, fingerprint
+from sana_jax.loading import load_pipeline
 
 TRUTH = 20241014  # begins the key of what `truth` draws: no stream of training's
+UNROLL = 64  # blocks at most, more than a model of shapes has
 UNKNOWN = r"prompts\[\d+\]: not in "  # what a warning of unknown words begins with; they are counted instead
+
+
+def load(model=None):
+    """`load_pipeline` with the transformer's blocks in sequence: it compiles longer, and two CPU cores then paint a third
+    faster (docs/log.md)."""
+    return load_pipeline(model, transformer={"unroll": UNROLL})
 
 
 def sampled(pipeline, seed, **options):
