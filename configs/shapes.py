@@ -36,10 +36,9 @@ rule = AdamW(b2=0.99, eps=1e-8, weight_decay=0.01)
 muon = Muon(weight_decay=0.01)  # after 25,000 rows a tenth less loss than AdamW, for a fifth more time a row (docs/log.md)
 often = dict(checkpoint=Checkpoint(every=1000), log=Log(every=50))
 
-
-# Radians.  The outline of a thing has to be the same turn in every token of it, and a turn of 0.1 moves the end of an arm
-# by a seventh of a token; at 0.4 the flow had learned circles, which have no turn, and one star in eight (docs/log.md).
-TURN = 0.1
+# What the flow learns from.  All tokens of an outline have to agree on its turn: at 0.4 radians it had learned circles, which
+# have none, and one star in eight.  Things that touch it paints as one (docs/log.md).
+SCENES = dict(turn=0.1, apart=0.06)
 
 
 def data(size, batch, captions=CAPTIONS, **source):
@@ -96,7 +95,7 @@ flow = Experiment(
     ),
     # Half of the rows at noise levels from 0.65 to 0.9, where pictures go wrong (benchmarks/shapes_levels.py).
     objective=Flow(shift=2.2, logit_std=0.85, dropped_mask="empty", scaling_factor=SCALE),
-    data=data(256, 64, turn=TURN),
+    data=data(256, 64, **SCENES),
     optim=Optim(muon, lr=2e-3, warmup=100, decay="cosine", clip=1.0, ema=0.999),
     steps=20_000,
     frozen=Frozen(dc_ae="stage:autoencoder_256", text="stage:text", chi="none"),
@@ -111,7 +110,7 @@ flow_512 = dataclasses.replace(
     name="flow_512",
     model=flow.model.clone(sample_size=16, position_scale=2.0),  # the positions of 256 px, half as far apart
     objective=dataclasses.replace(flow.objective, shift=4.4),  # the root of the number of tokens is twice as large
-    data=data(512, 64, turn=TURN),
+    data=data(512, 64, **SCENES),
     init=Init("stage:flow"),
     optim=Optim(muon, lr=3e-4, warmup=200, decay="cosine", clip=1.0, ema=0.9995),
     steps=4000,

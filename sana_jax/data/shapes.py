@@ -29,6 +29,7 @@ class Shapes:
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
     turn: of a thing at most, radians to either side.
+    apart: between two things at least, a share of the shorter side; None lets those of different colours touch.
     """
 
     records: int = 2**31 - 1
@@ -37,6 +38,7 @@ class Shapes:
     seed: int = 0
     held_out: bool = False
     turn: float = shapes_scene.TURN
+    apart: float | None = None
 
     def open(self):
         """A `ShapesReader`.  Raises InputError: a number that is none."""
@@ -51,6 +53,8 @@ class Shapes:
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
         require_range("data.source.turn", self.turn, 0, math.pi, float)
+        if self.apart is not None:  # with more, four large things may not fit
+            require_range("data.source.apart", self.apart, 0, 0.1, float)
         return ShapesReader(self)
 
 
@@ -86,7 +90,8 @@ class ShapesReader:
         aspect = self.source.aspects[i % len(self.source.aspects)]
         width, height = _extent(aspect)
         short = min(width, height)
-        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out, self.source.turn)
+        source = self.source
+        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, source.held_out, source.turn, source.apart)
 
     def __getitem__(self, i):
         """The Record, with "scene" float32 [P] in place of a picture."""

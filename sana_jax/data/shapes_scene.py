@@ -124,17 +124,17 @@ def counts(things):
 # ---- drawing a scene --------------------------------------------------------------------------------
 
 
-def sample(rng, width=1.0, height=1.0, held_out=False, turn=TURN):
+def sample(rng, width=1.0, height=1.0, held_out=False, turn=TURN, apart=None):
     """A random Scene: one that is held out, or one that is not.
 
     Args:
       rng: np.random.Generator; what is drawn from it depends on nothing else.
-      turn: as for `compose`.
+      turn, apart: as for `compose`.
     """
     kind = _kind(rng.random())
     while True:
         specs, related = _specs(rng, kind)
-        scene = compose(rng, specs, width, height, related, turn)
+        scene = compose(rng, specs, width, height, related, turn, apart)
         if is_held_out(scene) == held_out:
             return scene
 
@@ -152,7 +152,7 @@ def _specs(rng, kind):
     return [(SHAPES[first], None, None, some), (SHAPES[second], None, None, 1)], related
 
 
-def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN):
+def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN, apart=None):
     """A Scene of given things at random places; held out or not is not looked at.
 
     Args:
@@ -160,6 +160,7 @@ def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN):
       related: (i, relation, j) each: every one of things[i] is clearly so, seen from every one of things[j].
       width, height: of the picture, in units of its shorter side.
       turn: of each thing at most, radians to either side.
+      apart: between any two things at least; None is GAP for those of one colour and OVERLAP for others.
     Raises:
       InputError: a name that is none, too many things, or no room for them.
     """
@@ -181,13 +182,13 @@ def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN):
         made = []  # (group, shape, colour, size) of each thing
         for group, (shape, colour, size, count) in enumerate(things):
             made += [(group, shape, colour or _of(rng, COLOURS), size or _of(rng, SIZES))] * count
-        placed = _placed(rng, made, width, height, wanted, turn)
+        placed = _placed(rng, made, width, height, wanted, turn, apart)
         if placed is not None:
             return Scene(tuple(placed), background, texture, width, height, tuple(rng.random(4).tolist()))
     raise InputError(f"things={things!r}, related={related!r}: find no room in {width:g} x {height:g}")
 
 
-def _placed(rng, made, width, height, wanted, turn):
+def _placed(rng, made, width, height, wanted, turn, apart):
     """Things at places of their own, or None: none were found."""
     random = rng.random
     for _ in range(SCATTERED):
@@ -197,7 +198,7 @@ def _placed(rng, made, width, height, wanted, turn):
             for _ in range(PLACES):
                 x, y = (radius + (side - 2 * radius) * random() for side in (width, height))
                 thing = Thing(shape, colour, size, x, y, radius, turn * (2 * random() - 1))
-                if all(_fits(thing, other, wanted.get((group, its))) for other, (its, *_) in zip(placed, made)):
+                if all(_fits(thing, other, wanted.get((group, its)), apart) for other, (its, *_) in zip(placed, made)):
                     placed.append(thing)
                     break
             else:
@@ -207,8 +208,10 @@ def _placed(rng, made, width, height, wanted, turn):
     return None
 
 
-def _fits(a, b, wanted):
-    gap = GAP if a.colour == b.colour else -OVERLAP * min(a.radius, b.radius)
+def _fits(a, b, wanted, apart):
+    gap = apart
+    if apart is None:
+        gap = GAP if a.colour == b.colour else -OVERLAP * min(a.radius, b.radius)
     if math.hypot(a.x - b.x, a.y - b.y) < a.radius + b.radius + gap:
         return False
     return not wanted or wanted <= relations(a, b, CLEAR)

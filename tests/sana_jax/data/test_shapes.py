@@ -44,6 +44,7 @@ def test_records_are_the_same_everywhere():
         assert not same(a.arrays, Shapes(seed=1).open()[i].arrays)
     assert reader.fingerprint() == other.fingerprint() != Shapes(held_out=True).open().fingerprint()
     assert Shapes(turn=0.1).open().fingerprint() != reader.fingerprint()
+    assert [Shapes(apart=0.06).open().scene(i) for i in range(50)] != [reader.scene(i) for i in range(50)]
     turned = [max(abs(one.angle) for i in range(99) for one in Shapes(turn=t).open().scene(i).things) for t in (0.4, 0.1, 0.0)]
     assert turned == [pytest.approx(0.4, rel=0.05), pytest.approx(0.1, rel=0.05), 0]
     assert is_held_out(Shapes(held_out=True).open().scene(5)) and not is_held_out(reader.scene(5))
@@ -116,6 +117,8 @@ def test_what_can_be_wrong_is_told(monkeypatch):
         (dict(seed=-1), "seed=-1"),
         (dict(turn=-0.1), "turn=-0.1"),
         (dict(turn=float("nan")), "turn=nan"),
+        (dict(apart=0.11), "apart=0.11"),
+        (dict(apart="far"), "apart='far'"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_scenes_that_turn_less_are_the_same_but_for_that(held_out):
         assert [one._replace(angle=0) for one in less.things] == [one._replace(angle=0) for one in whole.things]
         assert less._replace(things=()) == whole._replace(things=())
         assert world.is_held_out(less) == held_out
+
+
+def test_things_may_be_kept_apart():
+    def nearest(scene):
+        return min(math.dist(a[3:5], b[3:5]) - a.radius - b.radius for a, b in itertools.combinations(scene.things, 2))
+
+    kept, free = ([world.sample(generator(i), apart=apart) for i in range(500)] for apart in (0.06, None))
+    kept, free = ([nearest(scene) for scene in some if len(scene.things) > 1] for some in (kept, free))
+    assert 0.06 <= min(kept) < 0.07 and min(free) < 0
+    assert nearest(world.compose(generator(0), [("circle", "red", "large", 4)], apart=0.1)) >= 0.1
 
 
 def test_training_scenes_have_nothing_that_is_held_out(scenes):
