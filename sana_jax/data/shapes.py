@@ -53,7 +53,7 @@ class Shapes:
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
         require_range("data.source.turn", self.turn, 0, math.pi, float)
-        if self.apart is not None:  # with more, four large things may not fit
+        if self.apart is not None:  # with more, four things find no room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
         return ShapesReader(self)
 

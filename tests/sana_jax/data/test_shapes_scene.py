@@ -75,7 +75,7 @@ def test_things_may_be_kept_apart():
     kept, free = ([world.sample(generator(i), apart=apart) for i in range(500)] for apart in (0.06, None))
     kept, free = ([nearest(scene) for scene in some if len(scene.things) > 1] for some in (kept, free))
     assert 0.06 <= min(kept) < 0.07 and min(free) < 0
-    assert nearest(world.compose(generator(0), [("circle", "red", "large", 4)], apart=0.1)) >= 0.1
+    assert nearest(world.compose(generator(0), [("circle", "red", None, 4)], apart=0.1)) >= 0.1
 
 
 def test_training_scenes_have_nothing_that_is_held_out(scenes):
