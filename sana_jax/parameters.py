@@ -4,15 +4,14 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import pathlib
 
 import flax
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sana_jax import ops
+from sana_jax.checkpoints.write import write_json
 
 _traced = {}  # a trace of SANA-1.6B or of DC-AE takes a second, and train.py asks four times before its first step
 _folder = []  # at most one, where tables outlive the process
@@ -54,18 +53,14 @@ def _kept(module, key):
     """The table in the folder, or the traced one, which is then there."""
     name = _sha256(repr((*key[:2], jax.__version__, flax.__version__, _source())))
     path = _folder[0] / f"parameters-{name[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one: it is made again
-        digest, text = path.read_text(encoding="utf-8").split("\n")
-        if digest != _sha256(text):
-            raise ValueError("damaged")
-        rows = json.loads(text)
-        return unflatten_dict({name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, shape, dtype in rows}, sep="/")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or a damaged one: it is made again
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["sha256"] == _sha256(repr(kept["rows"])):
+            return unflatten_dict({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in kept["rows"]}, sep="/")
     found = _trace(module)
-    text = json.dumps([(name, leaf.shape, leaf.dtype.name) for name, leaf in flatten_dict(found, sep="/").items()])
+    rows = [[name, list(leaf.shape), leaf.dtype.name] for name, leaf in flatten_dict(found, sep="/").items()]
     with contextlib.suppress(OSError):  # the next start traces again
-        partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
-        partial.write_text(f"{_sha256(text)}\n{text}", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, {"sha256": _sha256(repr(rows)), "rows": rows})
     return found
 
 
