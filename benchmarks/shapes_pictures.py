@@ -3,7 +3,7 @@
     python -m benchmarks.shapes_pictures --output docs [--model DIR]
 
 Writes docs/shapes.png, a row for each category; + is what the prompt says, - is not.  Each is what
-`sample.py PROMPT --seed N` paints.
+`sample.py PROMPT --seed N` paints, but for rounding.
 """
 
 import pathlib

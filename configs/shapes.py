@@ -37,7 +37,7 @@ muon = Muon(weight_decay=0.01)  # after 25,000 rows a tenth less loss than AdamW
 often = dict(checkpoint=Checkpoint(every=1000), log=Log(every=50))
 
 # What the flow learns from.  All tokens of an outline have to agree on its turn: at 0.4 radians it had learned circles, which
-# have none, and one star in eight.  Things that touch it paints as one (docs/log.md).
+# have none, and one star in eight.  Of things that touch it makes one, and the detector too (docs/log.md).
 SCENES = dict(turn=0.1, apart=0.06)
 
 

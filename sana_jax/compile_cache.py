@@ -9,7 +9,8 @@ from sana_jax import parameters
 
 
 def keep_programs(folder=None):
-    """Lets jax keep what it compiles, and `parameters` its tables, in `folder`, "none" for nowhere, None for the user's cache.
+    """Lets jax keep what it compiles in `folder`, "none" for nowhere, None for the user's cache; beside it, `parameters`
+    its tables.
 
     Programs are executables, so the folder is private, and one that others can write to is refused.
     Returns None, or why there is no cache, as a sentence for a warning.

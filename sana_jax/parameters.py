@@ -20,10 +20,10 @@ _folder = []  # at most one, where tables outlive the process
 def keep_tables(folder):
     """Lets tables of parameters outlive the process, in a folder that nobody else can write to.
 
-    They are a fifth of a start of sample.py.  What a file there says is of this source of the models, this jax
-    and this flax.
+    To trace them is a fifth of a start of sample.py.  What a file there says is of this source of the models, this
+    jax and this flax; without the source there are none, and none are made under a mesh, as training makes them.
     """
-    _folder[:] = [pathlib.Path(folder)]
+    _folder[:] = [pathlib.Path(folder)] if _source() else []
 
 
 def abstract_parameters(module):
@@ -66,11 +66,13 @@ def _kept(module, key):
 
 @functools.cache
 def _source():
-    """sha256 of the models' own source."""
-    digest = hashlib.sha256()
-    for path in sorted((pathlib.Path(__file__).parent / "models").glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """sha256 of the source that tables depend on, "" where a package has none."""
+    package = pathlib.Path(__file__).parent
+    try:
+        parts = [path.read_bytes() for path in (pathlib.Path(__file__), *sorted((package / "models").glob("*.py")))]
+    except OSError:
+        return ""
+    return _sha256(repr(parts)) if len(parts) > 1 else ""
 
 
 def _sha256(text):

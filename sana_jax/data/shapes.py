@@ -1,7 +1,7 @@
 """Captioned scenes without end: what the bundled model is trained on.  No files, the same everywhere.
 
 A record holds its scene as a few numbers and its captions; pixels are painted on the device, a batch
-at once.  Record i depends on the seed and i alone.
+at once.  Record i depends on i and the fields of its source alone.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Shapes:
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
     turn: of a thing at most, radians to either side.
-    apart: between two things at least, a share of the shorter side; None lets those of different colours touch.
+    apart: between any two things at least, a share of the shorter side; None lets those of different colours touch.
     """
 
     records: int = 2**31 - 1
@@ -53,7 +53,7 @@ class Shapes:
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
         require_range("data.source.turn", self.turn, 0, math.pi, float)
-        if self.apart is not None:  # with more, four things find no room
+        if self.apart is not None:  # with more, four medium things find hardly any room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
         return ShapesReader(self)
 
@@ -80,7 +80,13 @@ class ShapesReader:
         return np.rint(table).astype(np.int32)[np.arange(len(self)) % len(aspects)]
 
     def fingerprint(self):
-        return hashlib.sha256(repr((VERSION, self.source)).encode()).hexdigest()[:32]
+        # What came later is left out where it changes nothing: runs begun before it go on.
+        said = [
+            f"{field.name}={getattr(self.source, field.name)!r}"
+            for field in dataclasses.fields(self.source)
+            if field.name not in ("turn", "apart") or getattr(self.source, field.name) != field.default
+        ]
+        return hashlib.sha256(f"({VERSION}, Shapes({', '.join(said)}))".encode()).hexdigest()[:32]
 
     def key(self, i):
         return f"shapes-{i}"

@@ -160,7 +160,7 @@ def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN, apart=Non
       related: (i, relation, j) each: every one of things[i] is clearly so, seen from every one of things[j].
       width, height: of the picture, in units of its shorter side.
       turn: of each thing at most, radians to either side.
-      apart: between any two things at least; None is GAP for those of one colour and OVERLAP for others.
+      apart: between any two things at least, on top of what GAP and OVERLAP ask for.
     Raises:
       InputError: a name that is none, too many things, or no room for them.
     """
@@ -209,9 +209,9 @@ def _placed(rng, made, width, height, wanted, turn, apart):
 
 
 def _fits(a, b, wanted, apart):
-    gap = apart
-    if apart is None:
-        gap = GAP if a.colour == b.colour else -OVERLAP * min(a.radius, b.radius)
+    gap = GAP if a.colour == b.colour else -OVERLAP * min(a.radius, b.radius)
+    if apart is not None:
+        gap = max(gap, apart)
     if math.hypot(a.x - b.x, a.y - b.y) < a.radius + b.radius + gap:
         return False
     return not wanted or wanted <= relations(a, b, CLEAR)

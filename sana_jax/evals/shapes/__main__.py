@@ -105,8 +105,8 @@ def run(args, load):
         some = [pixels for index in range(min(len(rows), 64)) if (pixels := picture(index)) is not None]
         if not some:
             raise InputError(f"output={args.output!r}: its pictures are gone, which --run compares; take another folder")
-        found["training_scenes"] = len(seen)
-        found["controls"]["neighbours"] = neighbours.summary(neighbours.nearest(pipeline, np.stack(some), seen))
+        found["training_scenes"] = len(seen[0])
+        found["controls"]["neighbours"] = neighbours.summary(neighbours.nearest(pipeline, np.stack(some), *seen))
     write_json(folder / "summary.json", found)
     print("\n".join(told(found)), flush=True)
     return found["overall"]["score"]

@@ -4,6 +4,7 @@ Distances say something only beside others: the same is measured for scenes that
 before, through the same autoencoder.  A model that repeats training scenes is much nearer to one than they.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -18,7 +19,7 @@ SIDE = 32  # cells along the shorter side that pixels are averaged in
 
 
 def seen(run_dir, count):
-    """The last `count` scenes that a run of train.py was shown, fewer where it saw fewer, latest last.
+    """(The last `count` scenes that a run of train.py was shown, fewer where it saw fewer, latest last; their Shapes.)
 
     Raises InputError: no folder of a run, or one that was not trained on a source of shapes.
     """
@@ -37,20 +38,20 @@ def seen(run_dir, count):
     schedule, end = Schedule((len(reader),), batch, config["seed"]), reading.read_meta(run_dir)[1]["samples"]
     samples = range(max(0, end - count), end)
     rows = {n: schedule.rows(n)[1] for n in range(samples.start // batch, -(-end // batch))}
-    return [reader.scene(int(rows[i // batch][i % batch])) for i in samples]
+    return [reader.scene(int(rows[i // batch][i % batch])) for i in samples], source
 
 
-def nearest(pipeline, pictures, scenes):
+def nearest(pipeline, pictures, scenes, source):
     """Distances to the nearest of some scenes, of pictures and of as many fresh scenes.
 
     Args:
       pictures: uint8 [n H W 3], painted by the model.
-      scenes: of training, one or more.
+      scenes, source: of training, one scene or more, as `seen` has them; fresh ones are like them.
     Returns:
       {"pixels", "latents": {"sampled", "fresh": [n] rms distance to the nearest}}, of pixels in [0, 1].
     """
     n, *size, _ = pictures.shape
-    reader = Shapes(seed=FRESH_SEED, aspects=(size[0] / size[1],)).open()
+    reader = dataclasses.replace(source, seed=FRESH_SEED, aspects=(size[0] / size[1],)).open()
     fresh = painters.through(pipeline, painters.painted([reader.scene(i) for i in range(n)], size))
     asked = {"sampled": pictures, "fresh": fresh}
     asked = {name: _features(pipeline, some) for name, some in asked.items()}

@@ -21,8 +21,8 @@ UNKNOWN = r"prompts\[\d+\]: not in "  # what a warning of unknown words begins w
 
 
 def load(model=None):
-    """`load_pipeline` with the transformer's blocks in sequence: it compiles longer, and two CPU cores then paint a third
-    faster (docs/log.md)."""
+    """`load_pipeline` with the transformer's blocks in sequence: it compiles longer, and a CPU core then paints 90 in the
+    place of 64 (docs/log.md); the same pictures but for rounding."""
     return load_pipeline(model, transformer={"unroll": UNROLL})
 
 

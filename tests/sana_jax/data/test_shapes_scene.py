@@ -76,6 +76,8 @@ def test_things_may_be_kept_apart():
     kept, free = ([nearest(scene) for scene in some if len(scene.things) > 1] for some in (kept, free))
     assert 0.06 <= min(kept) < 0.07 and min(free) < 0
     assert nearest(world.compose(generator(0), [("circle", "red", None, 4)], apart=0.1)) >= 0.1
+    alike = [world.compose(generator(i), [("circle", "red", None, 4)], apart=0.0) for i in range(50)]
+    assert min(map(nearest, alike)) >= world.GAP  # on top of what holds anyway
 
 
 def test_training_scenes_have_nothing_that_is_held_out(scenes):

@@ -21,7 +21,7 @@ from sana_jax.text import Instruction, Vocabulary
 from tests import runs, toy_shapes
 
 SIZE = 128
-SOURCE = Shapes(seed=3)
+SOURCE = Shapes(seed=3, turn=0.1, apart=0.06)
 
 
 class Painter(toy_shapes.Known):
@@ -212,11 +212,11 @@ def test_painters_of_training_scenes_are_told(trained):
     """The scenes are those of the last batches, in the shuffled order of the run."""
     schedule, reader = Schedule((SOURCE.records,), 8, 0), SOURCE.open()
     shown = [reader.scene(int(i)) for n in range(5) for i in schedule.rows(n)[1]]
-    assert neighbours.seen(trained, 1000) == shown and neighbours.seen(trained, 11) == shown[-11:]
+    assert neighbours.seen(trained, 1000) == (shown, SOURCE) and neighbours.seen(trained, 11)[0] == shown[-11:]
     remembered, fresh = shown[-3:], [reader.scene(i) for i in range(3)]  # its first records, which no run ever shows
     for scenes, low, high in ((remembered, 0, 0.05), (fresh, 0.5, 2)):
         pictures = painters.painted(scenes, (SIZE, SIZE))
-        found = neighbours.summary(neighbours.nearest(Painter(), pictures, neighbours.seen(trained, 24)))
+        found = neighbours.summary(neighbours.nearest(Painter(), pictures, *neighbours.seen(trained, 24)))
         assert all(low <= of["ratio"] <= high for of in found.values())
 
 
