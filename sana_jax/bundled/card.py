@@ -15,6 +15,7 @@ import sys
 from sana_jax import extras
 from sana_jax.checkpoints.read import open_checkpoint, read_json
 from sana_jax.cli.parser import Parser
+from sana_jax.data.cached import Cached, made_from
 from sana_jax.errors import InputError
 from sana_jax.hub.fingerprints import files_sha256
 from sana_jax.hub.folders import names_in
@@ -129,10 +130,18 @@ def _recipe(run):
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, dict):
-            value = f"{value.get('class')}({', '.join(f'{k}={_local(v)}' for k, v in value.items() if k != 'class')})"
+            value = _called(value)
         if value not in (None, ""):
             rows.append((name, _shown(_local(value))))
     yield _table(("recipe", ""), rows)
+
+
+def _called(value):
+    """A described object in one line; features with the source that they were made from, while they are there."""
+    said = {name: _local(inner) for name, inner in value.items() if name != "class"}
+    if value.get("class") == Cached.__name__ and pathlib.Path(value["path"]).is_dir() and (source := made_from(value["path"])):
+        said["made_from"] = _called(source)
+    return f"{value.get('class')}({', '.join(f'{name}={inner}' for name, inner in said.items())})"
 
 
 def _local(value):

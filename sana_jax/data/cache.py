@@ -37,7 +37,7 @@ from sana_jax import compile_cache, experiment, sharding
 from sana_jax.data import buckets, images
 from sana_jax.data.array_record import Writer
 from sana_jax.data.assemble import finite, read_one
-from sana_jax.data.cached import META, NULL, Cached, read_meta, shard_names, write_meta
+from sana_jax.data.cached import MADE_FROM, META, NULL, Cached, read_meta, shard_names, write_meta
 from sana_jax.data.captions import Captions
 from sana_jax.data.records import BadRecord, Record
 from sana_jax.errors import InputError, require_positive, require_range
@@ -115,7 +115,7 @@ def make(config, out, options=Options()):
 
 
 def _describe(config, options, reader, tokenize, constants):
-    """cache.json: whatever a row depends on."""
+    """cache.json: whatever a row depends on, and what all was made from, for those who read of it later."""
     data = config.data
     meta = {
         "version": VERSION,
@@ -138,7 +138,8 @@ def _describe(config, options, reader, tokenize, constants):
             "captions": json.loads(json.dumps(dataclasses.asdict(data.captions or Captions()))),
             "seed": config.seed,
         }
-    return meta | {"fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]}
+    fingerprint = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
+    return meta | {"fingerprint": fingerprint, MADE_FROM: experiment.describe(data.source)}
 
 
 def _claim(out, meta):
@@ -146,7 +147,7 @@ def _claim(out, meta):
     if (out / META).is_file():
         old = read_meta(out)
         if changed := sorted(
-            name for name in meta.keys() | old.keys() if meta.get(name) != old.get(name) and name != "fingerprint"
+            name for name in (meta.keys() | old.keys()) - {"fingerprint", MADE_FROM} if meta.get(name) != old.get(name)
         ):
             raise InputError(f"{out}: was begun with other {', '.join(changed)}; choose another folder, or delete it")
         return

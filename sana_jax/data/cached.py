@@ -15,6 +15,7 @@ from sana_jax.errors import InputError
 from sana_jax.files import read_bounded
 
 META = "cache.json"  # what the features are of, and which models made them
+MADE_FROM = "made_from"  # of it: `experiment.describe` of the source; not there in older ones
 NULL = "null.npy"  # states of the empty caption, float16 [m d]
 
 
@@ -78,6 +79,11 @@ def read_meta(path):
     if absent := {"rows", "shard_records", "fingerprint", "text"} - set(meta):
         raise InputError(f"{name}: no {', '.join(sorted(absent))}; not written by sana_jax.data.cache")
     return meta
+
+
+def made_from(path):
+    """`experiment.describe` of the source that a cache was made from, {} where an older one does not say."""
+    return read_meta(path).get(MADE_FROM) or {}
 
 
 def write_meta(path, meta):

@@ -28,8 +28,14 @@ class Shapes:
     aspects: height / width of the pictures, in turn.
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
+
+    What makes the world smaller, for a model that is; lengths are shares of the shorter side:
     turn: of a thing at most, radians to either side.
-    apart: between any two things at least, a share of the shorter side; None lets those of different colours touch.
+    jitter: of a thing's radius, to either side of that of its size.
+    grid: things lie at multiples of it; None is anywhere.
+    apart: between any two things at least, on top of GAP and OVERLAP; None lets those of different colours touch.
+    textures: of backgrounds, some of TEXTURES.
+    kinds: (kind, share) each, as in KINDS; shares are 1 together.
     """
 
     records: int = 2**31 - 1
@@ -37,32 +43,60 @@ class Shapes:
     aspects: tuple[float, ...] = (1.0,)
     seed: int = 0
     held_out: bool = False
-    turn: float = shapes_scene.TURN
+    turn: float = shapes_scene.WHOLE.turn
+    jitter: float = shapes_scene.WHOLE.jitter
+    grid: float | None = None
     apart: float | None = None
+    textures: tuple[str, ...] = shapes_scene.WHOLE.textures
+    kinds: tuple[tuple[str, float], ...] = shapes_scene.WHOLE.kinds
 
     def open(self):
         """A `ShapesReader`.  Raises InputError: a number that is none."""
         require_range("data.source.records", self.records, 1, 2**31 - 1)
         require_positive("data.source.size", self.size)
         require_range("data.source.seed", self.seed, 0, 2**64 - 1)
-        if not self.aspects:
-            raise InputError("data.source.aspects=(): must be one number or more, height / width")
         require_choice("data.source.held_out", self.held_out, (False, True))
-        if not isinstance(self.aspects, tuple) or not self.aspects:
-            raise InputError(f"data.source.aspects={self.aspects!r}: must be a tuple of one or more numbers")
+        _require_tuple("data.source.aspects", self.aspects)
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
         require_range("data.source.turn", self.turn, 0, math.pi, float)
         if self.apart is not None:  # with more, four medium things find hardly any room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
+        require_range("data.source.jitter", self.jitter, 0, 0.2, float)
+        if self.grid is not None:  # a wider one has no place for large things in it
+            require_range("data.source.grid", self.grid, 1 / 1024, 1 / 4, float)
+        _require_tuple("data.source.textures", self.textures)
+        for texture in self.textures:
+            require_choice("data.source.textures", texture, shapes_scene.TEXTURES)
+        self._require_kinds()
         return ShapesReader(self)
+
+    @property
+    def freedom(self):
+        """The shapes_scene.Freedom of its fields."""
+        return shapes_scene.Freedom(**{name: getattr(self, name) for name in shapes_scene.Freedom._fields})
+
+    def _require_kinds(self):
+        _require_tuple("data.source.kinds", self.kinds)
+        for pair in self.kinds:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InputError(f"data.source.kinds={self.kinds!r}: must be pairs of a kind and its share")
+            require_choice("data.source.kinds", pair[0], tuple(shapes_scene.KINDS))
+            require_range("data.source.kinds", pair[1], 0, 1, float)
+        if abs(sum(share for _, share in self.kinds) - 1) > 1e-6:
+            raise InputError(f"data.source.kinds={self.kinds!r}: shares must be 1 together")
+
+
+def _require_tuple(name, value):
+    if not isinstance(value, tuple) or not value:
+        raise InputError(f"{name}={value!r}: must be a tuple of one or more")
 
 
 class ShapesReader:
     """The records of a Shapes."""
 
     def __init__(self, source):
-        self.source = source
+        self.source, self._freedom = source, source.freedom
 
     def __len__(self):
         return self.source.records
@@ -84,7 +118,7 @@ class ShapesReader:
         said = [
             f"{field.name}={getattr(self.source, field.name)!r}"
             for field in dataclasses.fields(self.source)
-            if field.name not in ("turn", "apart") or getattr(self.source, field.name) != field.default
+            if field.name not in shapes_scene.Freedom._fields or getattr(self.source, field.name) != field.default
         ]
         return hashlib.sha256(f"({VERSION}, Shapes({', '.join(said)}))".encode()).hexdigest()[:32]
 
@@ -96,8 +130,7 @@ class ShapesReader:
         aspect = self.source.aspects[i % len(self.source.aspects)]
         width, height = _extent(aspect)
         short = min(width, height)
-        source = self.source
-        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, source.held_out, source.turn, source.apart)
+        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out, self._freedom)
 
     def __getitem__(self, i):
         """The Record, with "scene" float32 [P] in place of a picture."""

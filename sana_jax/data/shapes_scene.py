@@ -22,8 +22,6 @@ BACKGROUNDS = {
 }  # fmt: skip
 TEXTURES = ("plain", "gradient", "stripes", "dots")
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.205}  # radius of the smallest circle around a thing
-JITTER = 0.07  # of a radius, to either side
-TURN = 0.4  # of a thing at most, radians to either side, where nothing else is said
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 MAX_THINGS = 4
@@ -32,7 +30,7 @@ OVERLAP = 0.1  # at most, of the smaller radius, of others
 CLEAR = 0.65  # of a relation that is asked for, where GenEval's rule says 0.5
 # Shares of the kinds of scene, see `_specs`: one thing; two of different shapes; several alike; two
 # alike and another.
-KINDS = {"one": 0.3, "two": 0.4, "alike": 0.25, "mixed": 0.05}
+KINDS = {"one": 0.3, "two": 0.4, "alike": 0.25, "mixed": 0.05}  # where nothing else is said
 RELATED = 0.8  # of "two" are placed in a clear relation, the others anywhere
 TRIES = 200  # for what is drawn of a scene that is asked for; for each of them, so many places:
 PLACES, SCATTERED = 10, 20  # of a thing, and of all things together
@@ -62,6 +60,20 @@ class Scene(NamedTuple):
     width: float
     height: float
     phase: tuple
+
+
+class Freedom(NamedTuple):
+    """How much scenes differ; the fields of `Shapes` that are called the same say what they mean."""
+
+    turn: float = 0.4
+    jitter: float = 0.07
+    grid: float | None = None
+    apart: float | None = None
+    textures: tuple = TEXTURES
+    kinds: tuple = tuple(KINDS.items())
+
+
+WHOLE = Freedom()
 
 
 def relations(a, b, clear=0.5):
@@ -124,17 +136,16 @@ def counts(things):
 # ---- drawing a scene --------------------------------------------------------------------------------
 
 
-def sample(rng, width=1.0, height=1.0, held_out=False, turn=TURN, apart=None):
+def sample(rng, width=1.0, height=1.0, held_out=False, freedom=WHOLE):
     """A random Scene: one that is held out, or one that is not.
 
     Args:
       rng: np.random.Generator; what is drawn from it depends on nothing else.
-      turn, apart: as for `compose`.
     """
-    kind = _kind(rng.random())
+    kind = _kind(rng.random(), freedom.kinds)
     while True:
         specs, related = _specs(rng, kind)
-        scene = compose(rng, specs, width, height, related, turn, apart)
+        scene = compose(rng, specs, width, height, related, freedom)
         if is_held_out(scene) == held_out:
             return scene
 
@@ -152,15 +163,13 @@ def _specs(rng, kind):
     return [(SHAPES[first], None, None, some), (SHAPES[second], None, None, 1)], related
 
 
-def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN, apart=None):
+def compose(rng, things, width=1.0, height=1.0, related=(), freedom=WHOLE):
     """A Scene of given things at random places; held out or not is not looked at.
 
     Args:
       things: (shape, colour or None, size or None, count) each; None is drawn, the same for all of them.
       related: (i, relation, j) each: every one of things[i] is clearly so, seen from every one of things[j].
       width, height: of the picture, in units of its shorter side.
-      turn: of each thing at most, radians to either side.
-      apart: between any two things at least, on top of what GAP and OVERLAP ask for.
     Raises:
       InputError: a name that is none, too many things, or no room for them.
     """
@@ -177,28 +186,29 @@ def compose(rng, things, width=1.0, height=1.0, related=(), turn=TURN, apart=Non
             require_range("related", place, 0, len(things) - 1)
         wanted.setdefault((i, j), set()).add(relation)
         wanted.setdefault((j, i), set()).add(OPPOSITE[relation])
-    background, texture = _of(rng, BACKGROUNDS), TEXTURES[_below(rng, len(TEXTURES))]
+    background, texture = _of(rng, BACKGROUNDS), _of(rng, freedom.textures)
     for _ in range(TRIES):
         made = []  # (group, shape, colour, size) of each thing
         for group, (shape, colour, size, count) in enumerate(things):
             made += [(group, shape, colour or _of(rng, COLOURS), size or _of(rng, SIZES))] * count
-        placed = _placed(rng, made, width, height, wanted, turn, apart)
+        placed = _placed(rng, made, width, height, wanted, freedom)
         if placed is not None:
             return Scene(tuple(placed), background, texture, width, height, tuple(rng.random(4).tolist()))
     raise InputError(f"things={things!r}, related={related!r}: find no room in {width:g} x {height:g}")
 
 
-def _placed(rng, made, width, height, wanted, turn, apart):
+def _placed(rng, made, width, height, wanted, freedom):
     """Things at places of their own, or None: none were found."""
     random = rng.random
     for _ in range(SCATTERED):
         placed = []
         for group, shape, colour, size in made:
-            radius = SIZES[size] * (1 + JITTER * (2 * random() - 1))
+            radius = SIZES[size] * (1 + freedom.jitter * (2 * random() - 1))
             for _ in range(PLACES):
-                x, y = (radius + (side - 2 * radius) * random() for side in (width, height))
-                thing = Thing(shape, colour, size, x, y, radius, turn * (2 * random() - 1))
-                if all(_fits(thing, other, wanted.get((group, its)), apart) for other, (its, *_) in zip(placed, made)):
+                x, y = (_place(random(), radius, side, freedom.grid) for side in (width, height))
+                thing = Thing(shape, colour, size, x, y, radius, freedom.turn * (2 * random() - 1))
+                pairs = ((other, wanted.get((group, its))) for other, (its, *_) in zip(placed, made))
+                if all(_fits(thing, other, asked, freedom.apart) for other, asked in pairs):
                     placed.append(thing)
                     break
             else:
@@ -206,6 +216,14 @@ def _placed(rng, made, width, height, wanted, turn, apart):
         else:
             return placed
     return None
+
+
+def _place(draw, radius, side, grid):
+    """Where a thing lies wholly in the picture, for a draw from [0, 1)."""
+    if grid is None:
+        return radius + (side - 2 * radius) * draw
+    first, last = math.ceil(radius / grid), math.floor((side - radius) / grid)
+    return grid * (first + int((last - first + 1) * draw))
 
 
 def _fits(a, b, wanted, apart):
@@ -225,8 +243,8 @@ def _of(rng, table):
     return list(table)[_below(rng, len(table))]
 
 
-def _kind(draw):
-    for kind, share in KINDS.items():
+def _kind(draw, kinds):
+    for kind, share in kinds:
         draw -= share
         if draw < 0:
             break

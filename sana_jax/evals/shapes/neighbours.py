@@ -21,14 +21,17 @@ SIDE = 32  # cells along the shorter side that pixels are averaged in
 def seen(run_dir, count):
     """(The last `count` scenes that a run of train.py was shown, fewer where it saw fewer, latest last; their Shapes.)
 
-    Raises InputError: no folder of a run, or one that was not trained on a source of shapes.
+    Raises InputError: no folder of a run, or one that was not trained on a source of shapes or on features of one.
     """
+    from sana_jax.data.cached import Cached, made_from
     from sana_jax.data.schedule import Schedule  # of grain, which sampling does without
     from sana_jax.training import initialise, reading
 
     config = initialise.run_config(run_dir)
     data = config.get("data") or {}
     source = dict(data.get("source") or {})
+    if source.get("class") == Cached.__name__:  # row i is row i of what it was made from
+        source = dict(made_from(source["path"]))
     if source.pop("class", None) != Shapes.__name__ or data.get("buckets"):
         raise InputError(f"run={str(run_dir)!r}: is not of Shapes without buckets, whose order of scenes is known here")
     source, problems = overrides.override(Shapes(), source)

@@ -43,9 +43,10 @@ def test_records_are_the_same_everywhere():
         assert set(a.captions) == set(a.scores) == {"terse", "plain", "synonyms", "rich"}
         assert not same(a.arrays, Shapes(seed=1).open()[i].arrays)
     assert reader.fingerprint() == other.fingerprint() != Shapes(held_out=True).open().fingerprint()
-    assert reader.fingerprint() == "0fc3619bbafc93ac71ae773741698ed3"  # of runs begun before there were turn and apart
-    others = [Shapes(turn=0.1), Shapes(apart=0.0), Shapes(apart=0.06), Shapes(turn=0.1, apart=0.06)]
-    assert len({reader.fingerprint(), *(other.open().fingerprint() for other in others)}) == 5
+    assert reader.fingerprint() == "0fc3619bbafc93ac71ae773741698ed3"  # of runs begun before there was less freedom
+    others = [dict(turn=0.1), dict(apart=0.0), dict(apart=0.06), dict(turn=0.1, apart=0.06), dict(jitter=0.0), dict(grid=0.125)]
+    others += [dict(textures=("plain",)), dict(kinds=(("one", 1.0),))]
+    assert len({reader.fingerprint(), *(Shapes(**other).open().fingerprint() for other in others)}) == 1 + len(others)
     assert [Shapes(apart=0.06).open().scene(i) for i in range(50)] != [reader.scene(i) for i in range(50)]
     turned = [max(abs(one.angle) for i in range(99) for one in Shapes(turn=t).open().scene(i).things) for t in (0.4, 0.1, 0.0)]
     assert turned == [pytest.approx(0.4, rel=0.05), pytest.approx(0.1, rel=0.05), 0]
@@ -121,6 +122,17 @@ def test_what_can_be_wrong_is_told(monkeypatch):
         (dict(turn=float("nan")), "turn=nan"),
         (dict(apart=0.11), "apart=0.11"),
         (dict(apart="far"), "apart='far'"),
+        (dict(jitter=0.3), "jitter=0.3"),
+        (dict(grid=0.0), "grid=0.0"),
+        (dict(grid=0.3), "grid=0.3"),
+        (dict(textures=()), r"textures=\(\): must be a tuple"),
+        (dict(textures="plain"), "textures='plain': must be a tuple"),
+        (dict(textures=("plain", "lines")), "textures='lines'"),
+        (dict(kinds=()), r"kinds=\(\): must be a tuple"),
+        (dict(kinds=(("one", 0.5, 0.5),)), r"kinds=.*must be pairs"),
+        (dict(kinds=(("three", 1.0),)), "kinds='three'"),
+        (dict(kinds=(("one", -1.0), ("two", 2.0))), "kinds=-1.0"),
+        (dict(kinds=(("one", 0.5), ("two", 0.4))), "kinds=.*shares must be 1 together"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -61,7 +61,7 @@ def test_a_seed_gives_the_same_for_ever(scenes):
 @pytest.mark.parametrize("held_out", (False, True))
 def test_scenes_that_turn_less_are_the_same_but_for_that(held_out):
     for i in range(200):
-        whole, less = (world.sample(generator(i), held_out=held_out, turn=turn) for turn in (0.4, 0.1))
+        whole, less = (world.sample(generator(i), held_out=held_out, freedom=world.Freedom(turn=turn)) for turn in (0.4, 0.1))
         assert [one.angle for one in less.things] == pytest.approx([one.angle / 4 for one in whole.things])
         assert [one._replace(angle=0) for one in less.things] == [one._replace(angle=0) for one in whole.things]
         assert less._replace(things=()) == whole._replace(things=())
@@ -72,12 +72,41 @@ def test_things_may_be_kept_apart():
     def nearest(scene):
         return min(math.dist(a[3:5], b[3:5]) - a.radius - b.radius for a, b in itertools.combinations(scene.things, 2))
 
-    kept, free = ([world.sample(generator(i), apart=apart) for i in range(500)] for apart in (0.06, None))
+    kept, free = ([world.sample(generator(i), freedom=world.Freedom(apart=apart)) for i in range(500)] for apart in (0.06, None))
     kept, free = ([nearest(scene) for scene in some if len(scene.things) > 1] for some in (kept, free))
     assert 0.06 <= min(kept) < 0.07 and min(free) < 0
-    assert nearest(world.compose(generator(0), [("circle", "red", None, 4)], apart=0.1)) >= 0.1
-    alike = [world.compose(generator(i), [("circle", "red", None, 4)], apart=0.0) for i in range(50)]
+    assert nearest(world.compose(generator(0), [("circle", "red", None, 4)], freedom=world.Freedom(apart=0.1))) >= 0.1
+    alike = [world.compose(generator(i), [("circle", "red", None, 4)], freedom=world.Freedom(apart=0.0)) for i in range(50)]
     assert min(map(nearest, alike)) >= world.GAP  # on top of what holds anyway
+
+
+@pytest.mark.parametrize("width, height", [(1.0, 1.0), (1.7, 1.0), (2**-0.5, 2**0.5)])
+def test_things_may_lie_on_a_grid(width, height):
+    freedom = world.Freedom(grid=1 / 8, jitter=0.0, turn=0.0, textures=("plain", "dots"))
+    some = [world.sample(generator(i), width, height, freedom=freedom) for i in range(1000)]
+    placed = np.array([(one.x, one.y, one.radius, one.angle) for scene in some for one in scene.things])
+    np.testing.assert_array_equal(placed[:, :2] * 8 % 1, 0)
+    x, y, radius = placed[:, :3].T
+    assert (np.minimum(x, width - x) >= radius).all() and (np.minimum(y, height - y) >= radius).all()
+    for side, of in ((width, x), (height, y)):  # small things, up to the last place on either side
+        assert of.min() == 1 / 8 and of.max() == math.floor((side - 0.11) * 8) / 8
+    assert set(radius) == set(world.SIZES.values()) and not placed[:, 3].any()
+    assert {scene.texture for scene in some} == {"plain", "dots"} and not any(map(world.is_held_out, some))
+    free = world.sample(generator(0), width, height)
+    assert any(one.x * 8 % 1 for one in free.things), "negative control"
+
+
+def test_kinds_may_have_other_shares():
+    of = {
+        kind: [world.counts(world.sample(generator(i), freedom=world.Freedom(kinds=((kind, 1.0),))).things) for i in range(100)]
+        for kind in world.KINDS
+    }
+    assert all(list(found.values()) == [1] for found in of["one"])
+    assert all(list(found.values()) == [1, 1] for found in of["two"])
+    assert {tuple(found.values()) for found in of["alike"]} == {(2,), (3,), (4,)}
+    assert all(sorted(found.values()) == [1, 2] for found in of["mixed"])
+    both = world.Freedom(kinds=(("two", 0.75), ("one", 0.25)))
+    assert 210 < sum(len(world.sample(generator(i), freedom=both).things) == 1 for i in range(1000)) < 290
 
 
 def test_training_scenes_have_nothing_that_is_held_out(scenes):
@@ -126,7 +155,7 @@ def test_things_lie_inside_and_apart(scenes, width, height):
     for scene in some:
         for one in scene.things:
             assert one.radius <= one.x <= width - one.radius and one.radius <= one.y <= height - one.radius
-            assert abs(one.radius / world.SIZES[one.size] - 1) <= world.JITTER and one.radius > 0.1
+            assert abs(one.radius / world.SIZES[one.size] - 1) <= world.WHOLE.jitter and one.radius > 0.1
             reach = np.maximum(reach, (one.x, one.y))
         for a, b in itertools.combinations(scene.things, 2):
             gap = np.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sana_jax.data.schedule import Schedule
+from sana_jax.data.cached import write_meta
 from sana_jax.data.shapes import Shapes
 from sana_jax.errors import InputError
 from sana_jax.evals.shapes import __main__ as command
@@ -218,6 +219,20 @@ def test_painters_of_training_scenes_are_told(trained):
         pictures = painters.painted(scenes, (SIZE, SIZE))
         found = neighbours.summary(neighbours.nearest(Painter(), pictures, *neighbours.seen(trained, 24)))
         assert all(low <= of["ratio"] <= high for of in found.values())
+
+
+def test_runs_on_features_of_shapes_are_known_too(trained, tmp_path):
+    run_dir, features = shutil.copytree(trained, tmp_path / "run"), tmp_path / "features"
+    config = json.loads((run_dir / "config.json").read_text())
+    meta = {"rows": SOURCE.records, "shard_records": 8, "fingerprint": "0", "text": False}
+    features.mkdir()
+    write_meta(features, meta | {"made_from": config["data"]["source"]})
+    config["data"]["source"] = {"class": "Cached", "path": str(features)}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    assert neighbours.seen(run_dir, 11) == neighbours.seen(trained, 11)
+    write_meta(features, meta)
+    with pytest.raises(InputError, match="is not of Shapes"):
+        neighbours.seen(run_dir, 11)
 
 
 def test_runs_whose_order_is_not_known(trained, tmp_path):
