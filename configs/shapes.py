@@ -28,7 +28,7 @@ from sana_jax.training.optimizer import AdamW, Muon
 SCALE = 1.15
 # Of the captions with a score of 25 or more, the better ones more often, as those are that leave out no colour; at a
 # temperature of 0.1 the others would hardly be seen.
-CAPTIONS = Captions("power", threshold=25.0, temperature=0.2)
+CAPTIONS = Captions("power", threshold=25.0, temperature=0.1)
 # A language model learns who has which colour from captions that say it twice.
 TEXTS = Captions("proportion", proportion=(("terse", 1), ("plain", 1), ("synonyms", 1), ("rich", 3)))
 
@@ -41,8 +41,8 @@ often = dict(checkpoint=Checkpoint(every=1000), log=Log(every=50))
 # tokens a shape of a size is the same few vectors everywhere.  Of things that touch it makes one, and the detector
 # too (docs/log.md).
 SCENES = dict(
-    turn=0.0, jitter=0.0, grid=1 / 8, apart=0.06, textures=("plain",),
-    kinds=(("one", 0.2), ("two", 0.55), ("alike", 0.22), ("mixed", 0.03)),
+    turn=0.0, jitter=0.0, grid=1 / 4, apart=0.06, textures=("plain",),
+    kinds=(("one", 0.1), ("two", 0.7), ("alike", 0.18), ("mixed", 0.02)),
 )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ flow = Experiment(
         **NVLABS.sana_fields(),
     ),
     # Three fifths of the rows at noise levels from 0.65 to 0.9, where pictures go wrong (benchmarks/shapes_levels.py).
-    objective=Flow(shift=3.0, logit_std=0.85, dropped_mask="empty", scaling_factor=SCALE),
+    objective=Flow(shift=5.0, logit_std=1.0, dropped_mask="empty", scaling_factor=SCALE),
     data=data(256, 64, **SCENES),
     optim=Optim(muon, lr=2e-3, warmup=100, decay="cosine", clip=1.0, ema=0.999),
     steps=20_000,

@@ -187,7 +187,7 @@ def describe_hint(hint):
         elif option in WORDS:
             out.append(WORDS[option])
         elif (kind := typing.get_origin(option)) is not None:
-            inner = [WORDS.get(a, getattr(a, "__name__", str(a))) for a in typing.get_args(option) if a is not Ellipsis]
+            inner = [describe_hint(a) for a in typing.get_args(option) if a is not Ellipsis]
             out.append(f"a {kind.__name__} of {', '.join(inner)}")
         else:
             out.append(f"{option.__name__}(...)")

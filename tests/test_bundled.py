@@ -16,6 +16,7 @@ import pytest
 import sana_jax
 from sana_jax import Pipeline, TextEncoder, bundled, convert, extras
 from sana_jax.bundled import card
+from sana_jax.data.cached import write_meta
 from sana_jax.cli import records
 from sana_jax.data.vocabulary import learn
 from sana_jax.errors import InputError
@@ -133,6 +134,24 @@ def test_without_a_box(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="model: none given and this installation has none bundled"):
         sana_jax.load_pipeline()
     assert not bundled.is_bundled(tmp_path)
+
+
+def test_the_card_says_what_features_were_made_from(folder, tmp_path):
+    """As long as they are there and say it."""
+    features, run = tmp_path / "features", tmp_path / "flow"
+    for path in (features, run):
+        path.mkdir()
+    config = describe(make_config(run, SANA)) | {"data": {"source": {"class": "Cached", "path": str(features)}, "batch": 2}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    meta = {"rows": 1, "shard_records": 1, "fingerprint": "", "text": False}
+    source = {"class": "Folder", "path": str(tmp_path / "pictures")}
+    for made_from, said in (({}, ""), ({"made_from": source}, ", made_from=Folder(path=pictures)")):
+        write_meta(features, meta | made_from)
+        text = card.write(folder, {"flow": run}).read_text()
+        assert f"| data.source | Cached(path=features{said}) |" in text and str(tmp_path) not in text
+    shutil.rmtree(features)
+    assert "| data.source | Cached(path=features) |" in card.write(folder, {"flow": run}).read_text()
 
 
 def test_the_card_and_the_size(folder, tmp_path, capsys):

@@ -150,6 +150,8 @@ def _claim(out, meta):
             name for name in (meta.keys() | old.keys()) - {"fingerprint", MADE_FROM} if meta.get(name) != old.get(name)
         ):
             raise InputError(f"{out}: was begun with other {', '.join(changed)}; choose another folder, or delete it")
+        if MADE_FROM not in old:  # begun by an older version, from the same source: their fingerprints are one
+            write_meta(out, old | {MADE_FROM: meta[MADE_FROM]})
         return
     if others := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
         raise InputError(f"{out}: holds {others[0]} and no {META}; choose a new folder")

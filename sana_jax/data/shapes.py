@@ -45,13 +45,13 @@ class Shapes:
     held_out: bool = False
     turn: float = shapes_scene.WHOLE.turn
     jitter: float = shapes_scene.WHOLE.jitter
-    grid: float | None = None
-    apart: float | None = None
+    grid: float | None = shapes_scene.WHOLE.grid
+    apart: float | None = shapes_scene.WHOLE.apart
     textures: tuple[str, ...] = shapes_scene.WHOLE.textures
     kinds: tuple[tuple[str, float], ...] = shapes_scene.WHOLE.kinds
 
     def open(self):
-        """A `ShapesReader`.  Raises InputError: a number that is none."""
+        """A `ShapesReader`.  Raises InputError: a field that has another value than it may."""
         require_range("data.source.records", self.records, 1, 2**31 - 1)
         require_positive("data.source.size", self.size)
         require_range("data.source.seed", self.seed, 0, 2**64 - 1)
@@ -62,8 +62,8 @@ class Shapes:
         require_range("data.source.turn", self.turn, 0, math.pi, float)
         if self.apart is not None:  # with more, four medium things find hardly any room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
-        require_range("data.source.jitter", self.jitter, 0, 0.2, float)
-        if self.grid is not None:  # a wider one has no place for large things in it
+        require_range("data.source.jitter", self.jitter, 0, 0.15, float)  # with more a small thing may be larger than a medium one
+        if self.grid is not None:  # a wider one leaves four things too few places
             require_range("data.source.grid", self.grid, 1 / 1024, 1 / 4, float)
         _require_tuple("data.source.textures", self.textures)
         for texture in self.textures:
@@ -83,8 +83,9 @@ class Shapes:
                 raise InputError(f"data.source.kinds={self.kinds!r}: must be pairs of a kind and its share")
             require_choice("data.source.kinds", pair[0], tuple(shapes_scene.KINDS))
             require_range("data.source.kinds", pair[1], 0, 1, float)
-        if abs(sum(share for _, share in self.kinds) - 1) > 1e-6:
-            raise InputError(f"data.source.kinds={self.kinds!r}: shares must be 1 together")
+        total = sum(share for _, share in self.kinds)
+        if abs(total - 1) > 1e-6:
+            raise InputError(f"data.source.kinds={self.kinds!r}: shares must be 1 together, they are {total}")
 
 
 def _require_tuple(name, value):

@@ -245,7 +245,9 @@ def _of(rng, table):
 
 def _kind(draw, kinds):
     for kind, share in kinds:
-        draw -= share
+        if not share:
+            continue  # the last of the others takes what rounding leaves
+        drawn, draw = kind, draw - share
         if draw < 0:
             break
-    return kind
+    return drawn

@@ -1,10 +1,12 @@
 """Whether pictures are remembered: how near the nearest training scene is, in pixels and in latents.
 
-Distances say something only beside others: the same is measured for scenes that nobody has painted
-before, through the same autoencoder.  A model that repeats training scenes is much nearer to one than they.
+Distances say something only beside others: the same is measured for fresh scenes, which are not among
+those of training, through the same autoencoder.  A model that repeats training scenes is much nearer to one
+than they.  In a world with few scenes (a coarse grid, plain backgrounds) fresh ones are near to some too.
 """
 
 import dataclasses
+import itertools
 import pathlib
 
 import numpy as np
@@ -31,7 +33,9 @@ def seen(run_dir, count):
     data = config.get("data") or {}
     source = dict(data.get("source") or {})
     if source.get("class") == Cached.__name__:  # row i is row i of what it was made from
-        source = dict(made_from(source["path"]))
+        path, source = source["path"], dict(made_from(source["path"]))
+        if not source:
+            raise InputError(f"{path}: cache.json does not say what it was made from; the command that made it, given again, adds it")
     if source.pop("class", None) != Shapes.__name__ or data.get("buckets"):
         raise InputError(f"run={str(run_dir)!r}: is not of Shapes without buckets, whose order of scenes is known here")
     source, problems = overrides.override(Shapes(), source)
@@ -55,17 +59,19 @@ def nearest(pipeline, pictures, scenes, source):
     """
     n, *size, _ = pictures.shape
     reader = dataclasses.replace(source, seed=FRESH_SEED, aspects=(size[0] / size[1],)).open()
-    fresh = painters.through(pipeline, painters.painted([reader.scene(i) for i in range(n)], size))
+    known = set(map(_look, scenes))
+    others = (scene for scene in map(reader.scene, itertools.count()) if _look(scene) not in known)
+    fresh = painters.through(pipeline, painters.painted(list(itertools.islice(others, n)), size))
     asked = {"sampled": pictures, "fresh": fresh}
     asked = {name: _features(pipeline, some) for name, some in asked.items()}
     least = {name: [np.full(n, np.inf, np.float32) for _ in found] for name, found in asked.items()}
     for begin in range(0, len(scenes), n):
         some = [scenes[i % len(scenes)] for i in range(begin, begin + n)]  # n at a time, one program
-        known = _features(pipeline, painters.painted(some, size))
+        trained = _features(pipeline, painters.painted(some, size))
         for name, found in asked.items():
             least[name] = [
                 np.minimum(so_far, _distances(mine, theirs).min(axis=1))
-                for so_far, mine, theirs in zip(least[name], found, known)
+                for so_far, mine, theirs in zip(least[name], found, trained)
             ]
     return {
         kind: {name: least[name][k].tolist() for name in asked} for k, kind in enumerate(("pixels", "latents"))
@@ -84,6 +90,11 @@ def summary(found):
         }
         for kind, of in found.items()
     }
+
+
+def _look(scene):
+    """Of a scene what can be seen, as a key."""
+    return scene._replace(things=tuple(sorted(scene.things)), phase=() if scene.texture == "plain" else scene.phase)
 
 
 def _features(pipeline, pictures):

@@ -18,7 +18,7 @@ import pytest
 from sana_jax import saving, sharding
 from sana_jax.data import buckets, cache, folder, shapes_render
 from sana_jax.data.array_record import Writer
-from sana_jax.data.cached import MADE_FROM, META, Cached, made_from, write_meta
+from sana_jax.data.cached import META, Cached
 from sana_jax.data.captions import Captions
 from sana_jax.data.folder import Folder, FolderReader
 from sana_jax.data.loader import Loader
@@ -254,17 +254,6 @@ def test_the_scale_of_latents_is_kept_and_asked_for(config, made, tmp_path):
     other = dataclasses.replace(config, objective=Flow(scaling_factor=0.25))
     with pytest.raises(InputError, match="objective.scaling_factor=0.25: the autoencoder's is 0.5"):
         cache.make(other, tmp_path / "out", OPTIONS)
-
-
-def test_a_cache_says_what_it_was_made_from(config, made, tmp_path):
-    assert made_from(made) == {"class": "Synthetic", **dataclasses.asdict(SOURCE), "aspects": [1.0]}
-    for name, data in contents(made).items():
-        (tmp_path / name).write_bytes(data)
-    meta = json.loads((tmp_path / META).read_text())
-    write_meta(tmp_path, {name: value for name, value in meta.items() if name != MADE_FROM})  # as older ones are
-    assert made_from(tmp_path) == {}
-    assert cache.make(config, tmp_path, OPTIONS) == {}, "goes on"
-    assert Cached(str(tmp_path)).open().fingerprint() == Cached(str(made)).open().fingerprint()
 
 
 def test_a_batch_that_devices_cannot_share(config, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from sana_jax import sharding
+from sana_jax import overrides, sharding
 from sana_jax.data import check, shapes_render
 from sana_jax.data.loader import Loader
 from sana_jax.data.shapes import TABLED, Shapes
@@ -44,6 +44,7 @@ def test_records_are_the_same_everywhere():
         assert not same(a.arrays, Shapes(seed=1).open()[i].arrays)
     assert reader.fingerprint() == other.fingerprint() != Shapes(held_out=True).open().fingerprint()
     assert reader.fingerprint() == "0fc3619bbafc93ac71ae773741698ed3"  # of runs begun before there was less freedom
+    assert Shapes(turn=0.1, apart=0.06).open().fingerprint() == "06bce3af6d62096aa9ba24705b1c1974"  # of features that there are
     others = [dict(turn=0.1), dict(apart=0.0), dict(apart=0.06), dict(turn=0.1, apart=0.06), dict(jitter=0.0), dict(grid=0.125)]
     others += [dict(textures=("plain",)), dict(kinds=(("one", 1.0),))]
     assert len({reader.fingerprint(), *(Shapes(**other).open().fingerprint() for other in others)}) == 1 + len(others)
@@ -107,6 +108,16 @@ def test_what_can_be_wrong_is_told(monkeypatch):
     assert not batch["scene"][batch["weight"] == 0].any()
 
 
+def test_fields_from_a_command_line():
+    said = {"grid": "0.125", "apart": "none", "textures": "('plain', 'dots')", "kinds": '(("one", 0.5), ("two", 0.5))'}
+    wanted = Shapes(grid=0.125, textures=("plain", "dots"), kinds=(("one", 0.5), ("two", 0.5)))
+    assert overrides.override(Shapes(apart=0.1), said) == (wanted, []) and wanted.open()
+    _, problems = overrides.override(Shapes(), {"kinds": "('one', 1)", "grid": "1/8"})
+    assert [line.split(": must be ")[1] for line in problems] == [
+        "a tuple of a tuple of a text, a finite number", "a finite number or none"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -122,7 +133,7 @@ def test_what_can_be_wrong_is_told(monkeypatch):
         (dict(turn=float("nan")), "turn=nan"),
         (dict(apart=0.11), "apart=0.11"),
         (dict(apart="far"), "apart='far'"),
-        (dict(jitter=0.3), "jitter=0.3"),
+        (dict(jitter=0.16), "jitter=0.16"),
         (dict(grid=0.0), "grid=0.0"),
         (dict(grid=0.3), "grid=0.3"),
         (dict(textures=()), r"textures=\(\): must be a tuple"),
@@ -132,7 +143,7 @@ def test_what_can_be_wrong_is_told(monkeypatch):
         (dict(kinds=(("one", 0.5, 0.5),)), r"kinds=.*must be pairs"),
         (dict(kinds=(("three", 1.0),)), "kinds='three'"),
         (dict(kinds=(("one", -1.0), ("two", 2.0))), "kinds=-1.0"),
-        (dict(kinds=(("one", 0.5), ("two", 0.4))), "kinds=.*shares must be 1 together"),
+        (dict(kinds=(("one", 0.5), ("two", 0.4))), "kinds=.*shares must be 1 together, they are 0.9$"),
     ],
 )
 def test_bad_fields(fields, message):

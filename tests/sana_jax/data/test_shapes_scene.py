@@ -105,6 +105,7 @@ def test_kinds_may_have_other_shares():
     assert all(list(found.values()) == [1, 1] for found in of["two"])
     assert {tuple(found.values()) for found in of["alike"]} == {(2,), (3,), (4,)}
     assert all(sorted(found.values()) == [1, 2] for found in of["mixed"])
+    assert world._kind(1 - 1e-9, (("one", 1 - 1e-7), ("two", 0.0))) == "one", "no share, no scene"
     both = world.Freedom(kinds=(("two", 0.75), ("one", 0.25)))
     assert 210 < sum(len(world.sample(generator(i), freedom=both).things) == 1 for i in range(1000)) < 290
 

@@ -22,7 +22,7 @@ from sana_jax.text import Instruction, Vocabulary
 from tests import runs, toy_shapes
 
 SIZE = 128
-SOURCE = Shapes(seed=3, turn=0.1, apart=0.06)
+SOURCE = Shapes(seed=3, turn=0.1, apart=0.06, grid=1 / 64, textures=("plain", "dots"), kinds=(("two", 0.75), ("one", 0.25)))
 
 
 class Painter(toy_shapes.Known):
@@ -221,6 +221,19 @@ def test_painters_of_training_scenes_are_told(trained):
         assert all(low <= of["ratio"] <= high for of in found.values())
 
 
+def test_fresh_scenes_are_not_those_of_training(monkeypatch):
+    """Of one thing on a coarse grid; half of what the source has is known."""
+    source = Shapes(turn=0.0, jitter=0.0, grid=0.25, textures=("plain",), kinds=(("one", 1.0),))
+    reader = dataclasses.replace(source, seed=neighbours.FRESH_SEED).open()
+    known = [reader.scene(i)._replace(phase=(0.0,) * 4) for i in range(20)]
+    shown = []
+    monkeypatch.setattr(painters, "through", lambda pipeline, pictures: shown.append(pictures) or pictures)
+    pictures = painters.painted(known, (SIZE, SIZE))
+    found = neighbours.nearest(Painter(), pictures, known, source)
+    assert max(found["pixels"]["sampled"]) == 0 < min(found["pixels"]["fresh"])
+    assert len(shown[0]) == 20 and not any((one == other).all() for one in shown[0] for other in pictures)
+
+
 def test_runs_on_features_of_shapes_are_known_too(trained, tmp_path):
     run_dir, features = shutil.copytree(trained, tmp_path / "run"), tmp_path / "features"
     config = json.loads((run_dir / "config.json").read_text())
@@ -231,7 +244,7 @@ def test_runs_on_features_of_shapes_are_known_too(trained, tmp_path):
     (run_dir / "config.json").write_text(json.dumps(config))
     assert neighbours.seen(run_dir, 11) == neighbours.seen(trained, 11)
     write_meta(features, meta)
-    with pytest.raises(InputError, match="is not of Shapes"):
+    with pytest.raises(InputError, match="features: cache.json does not say what it was made from; the command"):
         neighbours.seen(run_dir, 11)
 
 
