@@ -46,6 +46,7 @@ RANGES = {  # field: (least, greatest); None is always fine where the annotation
     "objective.shift": (POSITIVE, math.inf),
     "objective.logit_std": (POSITIVE, math.inf),
     "objective.caption_dropout": (0, 1),
+    "objective.recall": (0, 255),
     "objective.scaling_factor": (POSITIVE, math.inf),
     "objective.l1": (0, math.inf),
     "objective.ssim": (0, math.inf),
@@ -110,6 +111,8 @@ def _batch(config):
     if data.batch >= 1 and cut >= 1 and data.batch % cut:
         yield f"optim.accumulate={cut}: must divide data.batch={data.batch}"
     if isinstance(config.objective, LanguageModel):
+        if config.objective.recall >= config.model.width:
+            yield f"objective.recall={config.objective.recall}: must be less than model.width={config.model.width}"
         return  # no pictures
     sizes = [data.size] if data.size else []
     step = config.model.compression if isinstance(config.model, DCAE) else PATCH

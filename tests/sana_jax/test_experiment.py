@@ -137,6 +137,12 @@ BAD = [  # argument, what the message must hold
 ]
 
 
+@pytest.mark.parametrize("recall, words", [(-1, "objective.recall=-1"), (32, "must be less than model.width=32"), (300, "at most 255")])
+def test_what_a_state_cannot_recall(recall, words):
+    with pytest.raises(InputError, match=words):
+        experiment.load(DEBUG, ["stage=text", f"text.objective.recall={recall}"])
+
+
 @pytest.mark.parametrize("argument, words", BAD, ids=[argument for argument, _ in BAD])
 def test_one_bad_argument(write, argument, words):
     path = write(TOY)

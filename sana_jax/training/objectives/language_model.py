@@ -1,4 +1,9 @@
-"""Next-token prediction, to train a small text encoder of Gemma-2's kind on captions."""
+"""Next-token prediction, to train a small text encoder of Gemma-2's kind on captions.
+
+A transformer that paints sees the last states, and of a small language model these hold what comes next: who has
+which colour, and what is above what, is a hundredth of their variance (docs/log.md).  So a state may be asked for
+the tokens before it as well.
+"""
 
 import dataclasses
 
@@ -17,8 +22,15 @@ LOGIT_CAP = 30.0  # docs/numerics.md 6: Gemma-2's final soft cap
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """-log p(next token), the mean over all tokens of the batch; the head is the embedding."""
+    """-log p(next token), the mean over all tokens of the batch; the head is the embedding.
 
+    recall: so many tokens back, its own the first, a state is asked for too.  The token j places back is what the
+      embedding finds in the state's channels, rolled by (j + 1) * (width // (recall + 1)): a binding by permutation
+      (Plate, holographic reduced representations, 1995), which has no parameters.  Each step asks each state for
+      one of them, drawn at random, and adds -log p of it.
+    """
+
+    recall: int = 0
     reads = ("texts",)
 
     def frozen_needed(self, names):
@@ -30,13 +42,31 @@ class LanguageModel:
     def __call__(self, model, frozen, params, batch, keys):
         """Terms of a batch with ids, ids_mask [b m]; a row weighs as many tokens as it predicts."""
         ids, mask = batch["ids"], batch["ids_mask"]
-        states = by_rows(apply(model, params, ids, mask)[:, :-1])
-        nll, hit = token_scores(states, params["embedding"], ids[:, 1:])
+        states = by_rows(apply(model, params, ids, mask))
         valid = mask[:, 1:].astype(jnp.float32)
         tokens = valid.sum(axis=1)
         count = jnp.maximum(tokens, 1)
+        nll, hit = token_scores(states[:, :-1], params["embedding"], ids[:, 1:])
         loss, accuracy = ((x * valid).sum(axis=1) / count for x in (nll, hit))
-        return Terms(loss, batch["weight"] * tokens, {"accuracy": accuracy})
+        extra = {"accuracy": accuracy}
+        if self.recall:
+            back = jax.vmap(lambda key: jax.random.randint(key, ids.shape[1:], 0, self.recall))(keys)
+            nll, hit = token_scores(recalling(states, back, self.recall), params["embedding"], earlier(ids, back))
+            recalled, extra["recall"] = ((x[:, 1:] * valid).sum(axis=1) / count for x in (nll, hit))
+            loss += recalled
+        return Terms(loss, batch["weight"] * tokens, extra)
+
+
+def recalling(states, back, recall):
+    """States [b m d], their channels rolled so that the embedding finds the token `back` [b m] places before."""
+    width = states.shape[-1]
+    channels = (jnp.arange(width) + (back[..., None] + 1) * (width // (recall + 1))) % width
+    return jnp.take_along_axis(states, channels, axis=-1)
+
+
+def earlier(ids, back):
+    """ids [b m] of the tokens `back` [b m] places before; the first one's where there are not as many."""
+    return jnp.take_along_axis(ids, jnp.maximum(jnp.arange(ids.shape[1]) - back, 0), axis=1)
 
 
 def token_scores(states, embedding, ids):

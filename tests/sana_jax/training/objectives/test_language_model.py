@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sana_jax.checkpoints import gemma2 as names
@@ -92,6 +93,57 @@ def test_chunks_of_tokens(chunk, monkeypatch):
     np.testing.assert_allclose(nll, -np.log(np.take_along_axis(p, ids[..., None], -1)[..., 0]), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(hit, p.argmax(-1) == ids)
     assert 0 < np.asarray(hit).sum() < hit.size
+
+
+def test_recall():
+    """What is asked of a state besides the next token: one of the tokens before it, by hand with numpy.roll."""
+    rows, params, recall = batch(), TOY.init(jax.random.key(3), *TOY.example_inputs())["params"], 3
+    keys = jax.vmap(jax.random.key)(jnp.arange(4))
+
+    def terms(objective):
+        return jax.jit(lambda params: objective(TOY, Frozen({}, {}), params, rows, keys))(params)
+
+    found, plain = terms(LanguageModel(recall)), terms(LanguageModel())
+    back = np.stack([jax.random.randint(key, (9,), 0, recall) for key in keys])
+    assert set(back.ravel()) == {0, 1, 2} and "recall" not in plain.extra
+    states = np.float64(TOY.apply({"params": params}, rows["ids"], rows["ids_mask"]))
+    embedding = np.float64(params["embedding"])
+    for i, length in enumerate(LENGTHS):
+        asked, hits = [], []
+        for t in range(1, length):
+            logits = 30 * np.tanh(embedding @ np.roll(states[i, t], -(back[i, t] + 1) * (64 // 4)) / 30)
+            token = rows["ids"][i, max(t - back[i, t], 0)]
+            asked.append(np.log(np.exp(logits).sum()) - logits[token])
+            hits.append(logits.argmax() == token)
+        np.testing.assert_allclose(found.loss[i] - plain.loss[i], np.mean(asked or [0]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.extra["recall"][i], np.mean(hits or [0]), atol=1e-6)
+    np.testing.assert_array_equal(found.weight, plain.weight)
+
+
+def test_states_learn_to_recall():
+    """Random tokens cannot be foreseen; those before are in the state after some steps, unless nobody asks."""
+    optimizer = optax.adam(1e-2)
+    module = TOY.clone(vocab_size=12)
+    ids = np.random.default_rng(1).integers(0, 12, (40, 32, 9)).astype(np.int32)
+    rest = {"ids_mask": np.ones((32, 9), bool), "weight": np.ones(32, "f")}
+
+    @jax.jit
+    def step(params, state, ids, key):
+        def loss(params):
+            terms = LanguageModel(3)(module, Frozen({}, {}), params, rest | {"ids": ids}, jax.random.split(key, 32))
+            return terms.loss.mean(), terms.extra["recall"].mean()
+
+        (_, recall), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, recall
+
+    params = module.init(jax.random.key(0), *module.example_inputs())["params"]
+    state, recalls = optimizer.init(params), []
+    for number, some in enumerate(ids):
+        params, state, recall = step(params, state, some, jax.random.key(number))
+        recalls.append(float(recall))
+    assert np.mean(recalls[:2]) < 0.3 and np.mean(recalls[-5:]) > 0.6, recalls
 
 
 def test_needs_nothing():
