@@ -45,7 +45,8 @@ LIMITS = """\
 It knows the words that are listed in sana_jax.json, and nothing but shapes; other words are named in a warning, and
 what they ask for is not painted.  An empty prompt, or one without a known word, gives any picture of the
 kind.  What cannot be (nine circles, one circle on both sides of another) gives the nearest thing that it
-has learned.  Things stand upright, as the pictures of its flow's last run turn them by 6 degrees at most.
+has learned.  What its flow saw last is a smaller world than its autoencoder's: things stand upright in three
+exact sizes, their centres on the nine places of a 3 by 3 grid, before plain backgrounds, and it paints that.
 How well it paints combinations that training never showed is among the scores.  Sizes far from that of
 training lose their sense.
 """

@@ -18,16 +18,18 @@ from sana_jax.training.objectives.terms import Terms
 
 CHUNK = 64  # tokens whose logits exist at a time
 LOGIT_CAP = 30.0  # docs/numerics.md 6: Gemma-2's final soft cap
+# Standard deviation of a code's channels: a ninth of what a state of 128 channels holds brings its logit near the cap.
+CODE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """-log p(next token), the mean over all tokens of the batch; the head is the embedding.
 
-    recall: so many tokens back, its own the first, a state is asked for too.  The token j places back is what the
-      embedding finds in the state's channels, rolled by (j + 1) * (width // (recall + 1)): a binding by permutation
-      (Plate, holographic reduced representations, 1995), which has no parameters.  Each step asks each state for
-      one of them, drawn at random, and adds -log p of it.
+    recall: so many tokens back, its own the first, a state is asked for too.  Each token has a random code, the same
+      always, and the one j places back is the token whose code fits the state's channels rolled by
+      (j + 1) * (width // (recall + 1)): a binding by permutation (Plate, holographic reduced representations, 1995),
+      without parameters.  Each step asks each state for one of them, drawn at random, and adds -log p of it.
     """
 
     recall: int = 0
@@ -51,14 +53,19 @@ class LanguageModel:
         extra = {"accuracy": accuracy}
         if self.recall:
             back = jax.vmap(lambda key: jax.random.randint(key, ids.shape[1:], 0, self.recall))(keys)
-            nll, hit = token_scores(recalling(states, back, self.recall), params["embedding"], earlier(ids, back))
+            nll, hit = token_scores(recalling(states, back, self.recall), codes(*params["embedding"].shape), earlier(ids, back))
             recalled, extra["recall"] = ((x[:, 1:] * valid).sum(axis=1) / count for x in (nll, hit))
             loss += recalled
         return Terms(loss, batch["weight"] * tokens, extra)
 
 
+def codes(vocab_size, width):
+    """float32 [v d] of tokens.  Not the embedding: there "above" and "below" are neighbours, and so they would be here."""
+    return CODE * jax.random.normal(jax.random.key(0), (vocab_size, width))
+
+
 def recalling(states, back, recall):
-    """States [b m d], their channels rolled so that the embedding finds the token `back` [b m] places before."""
+    """States [b m d], their channels rolled so that a code fits that of the token `back` [b m] places before."""
     width = states.shape[-1]
     channels = (jnp.arange(width) + (back[..., None] + 1) * (width // (recall + 1))) % width
     return jnp.take_along_axis(states, channels, axis=-1)

@@ -107,11 +107,11 @@ def test_recall():
     back = np.stack([jax.random.randint(key, (9,), 0, recall) for key in keys])
     assert set(back.ravel()) == {0, 1, 2} and "recall" not in plain.extra
     states = np.float64(TOY.apply({"params": params}, rows["ids"], rows["ids_mask"]))
-    embedding = np.float64(params["embedding"])
+    table = np.float64(language_model.codes(*params["embedding"].shape))
     for i, length in enumerate(LENGTHS):
         asked, hits = [], []
         for t in range(1, length):
-            logits = 30 * np.tanh(embedding @ np.roll(states[i, t], -(back[i, t] + 1) * (64 // 4)) / 30)
+            logits = 30 * np.tanh(table @ np.roll(states[i, t], -(back[i, t] + 1) * (64 // 4)) / 30)
             token = rows["ids"][i, max(t - back[i, t], 0)]
             asked.append(np.log(np.exp(logits).sum()) - logits[token])
             hits.append(logits.argmax() == token)
