@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import plots, shapes_detector, shapes_guidance, shapes_levels, shapes_pictures, shapes_runs, shapes_solver
+from benchmarks import (
+    plots, shapes_binding, shapes_detector, shapes_guidance, shapes_levels, shapes_pictures, shapes_runs, shapes_solver
+)  # fmt: skip
 from sana_jax.evals.shapes import painters
 from sana_jax.evals.shapes.prompts import prompts
 from sana_jax.evals.shapes.verdict import judge
@@ -119,6 +121,19 @@ def test_levels_of_the_bundled_model(tmp_path):
     assert [row["steps"] for row in rows] == [1, 2]
     assert rows[0]["loss"] < rows[0]["other"]  # it reads its prompt
     assert shapes_levels.main([*flags[:-1], "0"]) == 2
+
+
+def test_false_prompts_are_false_and_cost_loss(tmp_path):
+    (a, relation, b), scene = shapes_binding.asked(1)[0]
+    assert (scene.things[0].colour, scene.things[0].shape) == a != b
+    said = shapes_binding.sentences([fact for fact, _ in shapes_binding.asked(24)])
+    for name, prompts in said.items():
+        assert len(prompts) == 24 and (name == "loss" or all(x != y for x, y in zip(prompts, said["loss"])))
+    flags = ["--output", str(tmp_path), "--smoke", "--batch-size", "8"]
+    assert shapes_binding.main(flags) == 0
+    rows = json.loads((tmp_path / "shapes_binding.json").read_text())["rows"]
+    assert max(float(row["other"].split()[0]) for row in rows) > 0.1  # it reads its prompt
+    assert shapes_binding.main([*flags[:-1], "0"]) == 2
 
 
 def test_marks_must_be_there(tmp_path):
