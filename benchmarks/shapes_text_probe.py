@@ -5,7 +5,9 @@
 A transformer sees the final states and no positions of words: what it is to bind must be in them.  Ridge
 regression reads each property from the states at one word.  It learns from prompts of combinations that
 captions have; `accuracy` is on other such prompts, `held out` on colours and shapes that no caption puts
-together, `untrained` is `accuracy` with random parameters, `chance` the share of the commonest answer.
+together, `untrained` is `accuracy` with random parameters, `chance` the share of the commonest answer.  `share`, of the
+states' variance at that word, is what differs between the answers' means (of relations: between opposites, on the axis
+with less of it): a probe stretches what is small, a transformer that begins to learn does not.
 `both` are prompts without a relation, "a red circle and a blue square".  `restated` is no probe: whether the
 model itself says "red" behind "...; the circle is", which it cannot without knowing who has which colour.
 """
@@ -19,7 +21,7 @@ import numpy as np
 
 from benchmarks import environment
 
-COLUMNS = ("at", "what", "accuracy", "held_out", "untrained", "chance")
+COLUMNS = ("at", "what", "accuracy", "held_out", "untrained", "chance", "share")
 PROBES = {  # {word: what is read there}; what comes later a causal model cannot know
     "first noun": ("colour of first", "shape of first"),
     "relation": ("relation", "colour of first", "shape of first"),
@@ -73,8 +75,21 @@ def fit(x, labels):
     return lambda x: np.argmax((x - mean) @ weights + wanted.mean(axis=0), axis=1)
 
 
+def share(x, labels):
+    """Of the variance of x [n d], the part that is between the means of the labels."""
+    centred, kinds = x - x.mean(axis=0), np.unique(labels)
+    between = sum(np.mean(labels == kind) * np.sum(centred[labels == kind].mean(axis=0) ** 2) for kind in kinds)
+    return float(between / np.mean(np.sum(centred**2, axis=1)))
+
+
+def share_between_opposites(x, relation):
+    """`share` of the side on the axis where it is less; `relation` numbers RELATIONS, opposites beside each other."""
+    axis = relation // 2
+    return min(share(x[axis == k], relation[axis == k]) for k in (0, 1))
+
+
 def accuracies(encode, tokenizer, sets):
-    """{(word, what): (accuracy, of held out)}; `sets` has lists of prompts (learn, test, held out) by `related`."""
+    """{(word, what): [accuracy, of held out, share]}; `sets` has lists of prompts (learn, test, held out) by `related`."""
     found = {}
     for word, asked in PROBES.items():
         learn, *tests = sets[not word.endswith("both")]
@@ -83,6 +98,7 @@ def accuracies(encode, tokenizer, sets):
             known, *wanted = (np.array([line["labels"][what] for line in lines]) for lines in (learn, *tests))
             answer = fit(x, known)
             found[word, what] = [float((answer(x) == truth).mean()) for x, truth in zip(others, wanted)]
+            found[word, what].append((share_between_opposites if what == "relation" else share)(x, known))
     return found
 
 
@@ -127,12 +143,12 @@ def rows_of(source, learn=LEARN, test=TEST, seed=0):
     for which, what in (("first", "colour of first"), ("second", "colour of second")):
         for found, values in ((trained, params), (untrained, random)):
             ask = functools.partial(restated, encoder(values), tokenizer, values["embedding"], which=which)
-            found["restated", what] = [ask(lines) for lines in sets[True][1:]]
+            found["restated", what] = [*map(ask, sets[True][1:]), None]
     rows = []
-    for (word, what), (seen, held_out) in trained.items():
+    for (word, what), (seen, held_out, part) in trained.items():
         labels = np.bincount([line["labels"][what] for line in sets[True][1]])
         row = {"at": word, "what": what, "accuracy": seen, "held_out": held_out}
-        rows.append(row | {"untrained": untrained[word, what][0], "chance": float(labels.max() / labels.sum())})
+        rows.append(row | {"untrained": untrained[word, what][0], "chance": float(labels.max() / labels.sum()), "share": part})
     return rows
 
 

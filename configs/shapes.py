@@ -56,8 +56,8 @@ text = Experiment(
         vocab_size=1024,  # holds every word of the captions; 512 split 113 of them
         width=128, depth=4, heads=4, kv_heads=2, head_dim=32, hidden=384, query_scale=32
     ),
-    # The flow reads words where they stand and needs to know whose they are.  Without this, the colour of a thing was
-    # 0.6 % of the variance of its noun's state, and the flow painted what was said in any order (docs/log.md).
+    # The flow needs to know who has what and where.  Without this, a relation was 0.3 % of the variance of states, and
+    # the flow painted what was said in any order (docs/log.md, which also says what the box was trained with).
     objective=LanguageModel(recall=8),
     data=data(256, 64, TEXTS),
     optim=Optim(rule, lr=2e-3, warmup=100, decay="cosine", clip=1.0, no_decay=(r".*norm/scale",)),

@@ -46,7 +46,7 @@ RANGES = {  # field: (least, greatest); None is always fine where the annotation
     "objective.shift": (POSITIVE, math.inf),
     "objective.logit_std": (POSITIVE, math.inf),
     "objective.caption_dropout": (0, 1),
-    "objective.recall": (0, 255),
+    "objective.recall": (0, math.inf),
     "objective.scaling_factor": (POSITIVE, math.inf),
     "objective.l1": (0, math.inf),
     "objective.ssim": (0, math.inf),
@@ -111,8 +111,6 @@ def _batch(config):
     if data.batch >= 1 and cut >= 1 and data.batch % cut:
         yield f"optim.accumulate={cut}: must divide data.batch={data.batch}"
     if isinstance(config.objective, LanguageModel):
-        if config.objective.recall >= config.model.width:
-            yield f"objective.recall={config.objective.recall}: must be less than model.width={config.model.width}"
         return  # no pictures
     sizes = [data.size] if data.size else []
     step = config.model.compression if isinstance(config.model, DCAE) else PATCH
@@ -135,6 +133,8 @@ def _model(config):
     elif not isinstance(model, kind := next(model for own, model in MODELS.items() if isinstance(objective, own))):
         wanted = kind.__name__
         yield f"objective: {type(objective).__name__} trains a {wanted}, model is a {type(model).__name__}"
+    elif isinstance(objective, LanguageModel) and objective.recall >= model.width:
+        yield f"objective.recall={objective.recall}: must be less than model.width={model.width}"
     if jnp.dtype(model.param_dtype) != jnp.float32:
         yield f"model.param_dtype={jnp.dtype(model.param_dtype).name}: must be float32, small updates are lost in less; dtype is what computes"
     try:

@@ -1,6 +1,7 @@
 """The probe of the text encoder: its prompts, and that ridge regression finds what is there and nothing else."""
 
 import numpy as np
+import pytest
 
 from benchmarks import shapes_text_probe as probe
 from sana_jax.data.shapes_scene import COLOURS, RELATIONS, SHAPES, held_out_pair
@@ -25,5 +26,12 @@ def test_ridge_finds_what_is_there_and_nothing_else():
     x = 5 + directions[labels] + 0.3 * rng.normal(size=(900, 32))
     answer = probe.fit(x[:600], labels[:600])
     assert (answer(x[600:]) == labels[600:]).mean() > 0.99
+    within = 0.09 * 32
+    assert probe.share(x, labels) == pytest.approx(1 - within / x.var(axis=0).sum(), abs=0.01)
+    assert probe.share(rng.permutation(x), labels) < 0.02
+    small = x + np.where(labels == 3, 0.5, 0)[:, None]
+    assert probe.share_between_opposites(x * (labels < 2)[:, None] + small * (labels > 1)[:, None], labels) == pytest.approx(
+        min(probe.share(x[labels < 2], labels[labels < 2]), probe.share(small[labels > 1], labels[labels > 1]))
+    )
     chance = probe.fit(rng.permutation(x[:600]), labels[:600])
     assert (chance(x[600:]) == labels[600:]).mean() < 0.5

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import (
     plots, shapes_binding, shapes_detector, shapes_guidance, shapes_levels, shapes_pictures, shapes_runs, shapes_solver
 )  # fmt: skip
+from sana_jax.data import shapes_scene as world
 from sana_jax.evals.shapes import painters
 from sana_jax.evals.shapes.prompts import prompts
 from sana_jax.evals.shapes.verdict import judge
@@ -123,17 +124,39 @@ def test_levels_of_the_bundled_model(tmp_path):
     assert shapes_levels.main([*flags[:-1], "0"]) == 2
 
 
-def test_false_prompts_are_false_and_cost_loss(tmp_path):
-    (a, relation, b), scene = shapes_binding.asked(1)[0]
-    assert (scene.things[0].colour, scene.things[0].shape) == a != b
-    said = shapes_binding.sentences([fact for fact, _ in shapes_binding.asked(24)])
-    for name, prompts in said.items():
-        assert len(prompts) == 24 and (name == "loss" or all(x != y for x, y in zip(prompts, said["loss"])))
-    flags = ["--output", str(tmp_path), "--smoke", "--batch-size", "8"]
+def test_false_prompts_are_false():
+    a = world.Thing("star", "orange", "small", 0.2, 0.5, 0.1, 0.0)
+    scene = world.Scene((a, a._replace(shape="ring", colour="blue", x=0.8)), "beige", "plain", 1.0, 1.0, (0,) * 4)
+    said = shapes_binding.sentences([(scene, "left of")])
+    assert said["true"] == ["an orange star left of a blue ring"]
+    assert said["opposite"] == ["an orange star right of a blue ring"]
+    assert said["colours"] == ["a blue star left of an orange ring"]
+    facts = shapes_binding.asked(48)
+    assert all(len(texts) == 48 for texts in shapes_binding.sentences(facts).values())
+    for scene, relation in facts:
+        a, b = scene.things
+        found = world.relations(a, b)
+        assert relation in found and world.OPPOSITE[relation] not in found and a.colour != b.colour
+        swapped = scene._replace(things=(a._replace(colour=b.colour), b._replace(colour=a.colour)))
+        turned = scene._replace(things=(a._replace(x=b.x, y=b.y), b._replace(x=a.x, y=a.y)))
+        assert not any(map(world.is_held_out, (scene, swapped, turned)))
+
+
+def test_a_row_of_what_false_prompts_cost():
+    true, down = np.float64([1, 2, 3, 4]), np.array([True, False, True, False])
+    losses = {"true": true, "opposite": true + [5, 1, 7, 3], "colours": true + 0.5, "other": true + [1, 2, 3, 4]}
+    row = shapes_binding.row(0.5, losses, down)
+    assert [row[name]["score"] for name in shapes_binding.MORE] == [2, 6, 0.5, 2.5] and row["loss"] == 2.5
+    assert row["across"]["high"] - 2 == pytest.approx(1.96 * np.sqrt(2) / np.sqrt(2), rel=1e-3)
+
+
+def test_binding_of_the_bundled_model(tmp_path, capsys):
+    flags = ["--output", str(tmp_path), "--pictures", "32"]
     assert shapes_binding.main(flags) == 0
     rows = json.loads((tmp_path / "shapes_binding.json").read_text())["rows"]
-    assert max(float(row["other"].split()[0]) for row in rows) > 0.1  # it reads its prompt
-    assert shapes_binding.main([*flags[:-1], "0"]) == 2
+    assert len(rows) == len(shapes_binding.LEVELS) and max(row["other"]["low"] for row in rows) > 0.1  # it reads its prompt
+    assert "across" in capsys.readouterr().out
+    assert shapes_binding.main([*flags[:-1], "1"]) == 2
 
 
 def test_marks_must_be_there(tmp_path):

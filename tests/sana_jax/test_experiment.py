@@ -137,7 +137,7 @@ BAD = [  # argument, what the message must hold
 ]
 
 
-@pytest.mark.parametrize("recall, words", [(-1, "objective.recall=-1"), (32, "must be less than model.width=32"), (300, "at most 255")])
+@pytest.mark.parametrize("recall, words", [(-1, "objective.recall=-1"), (32, "must be less than model.width=32")])
 def test_what_a_state_cannot_recall(recall, words):
     with pytest.raises(InputError, match=words):
         experiment.load(DEBUG, ["stage=text", f"text.objective.recall={recall}"])
@@ -182,6 +182,7 @@ FILES = [  # what the file says, what the message must hold
     (HEAD + "config = Experiment(modl=Sana())", "Experiment has no field 'modl'; did you mean 'model'"),
     (HEAD + "config = Experiment()", "4 problems"),
     (TOY.replace("objective=Flow()", "objective=Autoencoder()"), "Autoencoder trains a DCAE, model is a Sana"),
+    (STAGES.replace("objective=Autoencoder()", "objective=LanguageModel(3)", 1), "LanguageModel trains a Gemma2, model is a DCAE"),
     (TOY.replace("objective=Flow()", "objective='flow'"), "objective='flow'"),
     (TOY.replace("AdamW()", "'adamw'"), "optim.rule='adamw': must be AdamW(...) or CAME(...)"),
     (TOY.replace("Synthetic(8, 64)", "'synthetic'"), "data.source='synthetic': must be Source(...)"),

@@ -1,8 +1,8 @@
 """Next-token prediction, to train a small text encoder of Gemma-2's kind on captions.
 
-A transformer that paints sees the last states, and of a small language model these hold what comes next: who has
-which colour, and what is above what, is a hundredth of their variance (docs/log.md).  So a state may be asked for
-the tokens before it as well.
+A transformer that paints sees the last states, and those of a small language model hold what comes next: at the second
+noun of "a red circle above a blue square" what is above what was 0.3 % of their variance, the first colour 2 %
+(docs/log.md).  So a state may be asked for the tokens before it as well.
 """
 
 import dataclasses
@@ -18,18 +18,20 @@ from sana_jax.training.objectives.terms import Terms
 
 CHUNK = 64  # tokens whose logits exist at a time
 LOGIT_CAP = 30.0  # docs/numerics.md 6: Gemma-2's final soft cap
-# Standard deviation of a code's channels: a ninth of what a state of 128 channels holds brings its logit near the cap.
-CODE = 0.5
+SIGNAL = 64.0  # the logit of a code that is all of a state; one that is a share s of its variance has SIGNAL * sqrt(s)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """-log p(next token), the mean over all tokens of the batch; the head is the embedding.
+    """-log p(next token), and of an earlier one: means over all tokens of the batch.
 
-    recall: so many tokens back, its own the first, a state is asked for too.  Each token has a random code, the same
-      always, and the one j places back is the token whose code fits the state's channels rolled by
-      (j + 1) * (width // (recall + 1)): a binding by permutation (Plate, holographic reduced representations, 1995),
-      without parameters.  Each step asks each state for one of them, drawn at random, and adds -log p of it.
+    The head of the next token is the embedding.
+    recall: of so many tokens, its own and those before it, each state but the first is asked for one, drawn anew in each
+      step; 0 (nothing is asked) to width - 1.  Each token has a random code, the same always, and the one j places
+      back is that whose code fits the state's channels rolled by (j + 1) * (width // (recall + 1)): order by
+      permutation (Sahlgren, Holst and Kanerva, CogSci 2008), without parameters.
+    Metrics: `accuracy`, how often the next token is the likeliest; with recall also `next`, its part of the loss, and
+    `recall`, how often the earlier one is the likeliest.
     """
 
     recall: int = 0
@@ -52,16 +54,22 @@ class LanguageModel:
         loss, accuracy = ((x * valid).sum(axis=1) / count for x in (nll, hit))
         extra = {"accuracy": accuracy}
         if self.recall:
-            back = jax.vmap(lambda key: jax.random.randint(key, ids.shape[1:], 0, self.recall))(keys)
+            extra["next"] = loss
+            back = jax.vmap(lambda key: places_back(key, ids.shape[1], self.recall))(keys)
             nll, hit = token_scores(recalling(states, back, self.recall), codes(*params["embedding"].shape), earlier(ids, back))
             recalled, extra["recall"] = ((x[:, 1:] * valid).sum(axis=1) / count for x in (nll, hit))
             loss += recalled
         return Terms(loss, batch["weight"] * tokens, extra)
 
 
+def places_back(key, length, recall):
+    """int32 [m]: how far back each of `length` states is asked, not beyond the first token."""
+    return jax.random.randint(key, (length,), 0, jnp.minimum(jnp.arange(length) + 1, recall))
+
+
 def codes(vocab_size, width):
     """float32 [v d] of tokens.  Not the embedding: there "above" and "below" are neighbours, and so they would be here."""
-    return CODE * jax.random.normal(jax.random.key(0), (vocab_size, width))
+    return jax.random.normal(jax.random.key(0), (vocab_size, width)) * (SIGNAL / width)
 
 
 def recalling(states, back, recall):
@@ -72,8 +80,8 @@ def recalling(states, back, recall):
 
 
 def earlier(ids, back):
-    """ids [b m] of the tokens `back` [b m] places before; the first one's where there are not as many."""
-    return jnp.take_along_axis(ids, jnp.maximum(jnp.arange(ids.shape[1]) - back, 0), axis=1)
+    """ids [b m] of the tokens `back` [b m] places before, which is not beyond the first."""
+    return jnp.take_along_axis(ids, jnp.arange(ids.shape[1]) - back, axis=1)
 
 
 def token_scores(states, embedding, ids):

@@ -9,16 +9,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from sana_jax import experiment
+from sana_jax.models.gemma2 import Gemma2
 from sana_jax.models.sana import Sana
 from sana_jax.parameters import abstract_parameters
 from sana_jax.sharding import make_mesh
 from sana_jax.training import layout, optimizer
-from sana_jax.training.objectives import Flow
+from sana_jax.training.objectives import Flow, LanguageModel
 from sana_jax.training.optimizer import CAME, AdamW
 from sana_jax.training.state import create
 from sana_jax.training.step import make_step
 
 MODEL = Sana(width=64, depth=2, heads=4, cross_heads=4, caption_width=32, qk_norm=True, remat="products")
+TEXT = Gemma2(vocab_size=64, width=64, depth=1, heads=4, kv_heads=2, head_dim=16, hidden=96, query_scale=16)
 ROWS, STEPS, BOUND = 16, 3, 1e-6
 # eps: with Adam's own, what is rounded in an entry whose gradient is nearly 0 becomes a whole step.
 RULES = {"adamw": AdamW(eps=1e-4), "came": CAME(eps1=1e-8, eps2=1e-8)}
@@ -37,30 +39,41 @@ def batch(step):
     }
 
 
+def captions(step):
+    rng = np.random.default_rng(step)
+    mask = np.arange(9) < rng.integers(2, 10, size=(ROWS, 1))
+    rows = {name: batch(step)[name] for name in ("weight", "position", "bad")}
+    return rows | {"ids": (rng.integers(5, 64, size=mask.shape) * mask).astype(np.int32), "ids_mask": mask}
+
+
+TRAINED = {"flow": (MODEL, Flow(), batch), "text": (TEXT, LanguageModel(recall=3), captions)}
+
+
 @functools.cache
-def program(rule, accumulate, sizes):
+def program(rule, accumulate, sizes, trained):
     """(mesh, first state as host arrays, shardings, step)."""
+    module, objective, _ = TRAINED[trained]
     mesh = make_mesh(**dict(sizes), devices=None if sizes else jax.devices()[:1])
     optim = experiment.Optim(RULES[rule], lr=RATES[rule], clip=0.1, accumulate=accumulate, ema=0.9)
-    tx = optimizer.make(optim, STEPS, ROWS, abstract_parameters(MODEL))
+    tx = optimizer.make(optim, STEPS, ROWS, abstract_parameters(module))
     layout.check_batch(ROWS, accumulate, mesh)
-    params = MODEL.init(jax.random.key(0), *MODEL.example_inputs())["params"]
+    params = module.init(jax.random.key(0), *module.example_inputs())["params"]
     state = create(params, tx, optim.ema)
-    placed = layout.state_shardings(state, MODEL, mesh)
-    step = make_step(MODEL, Flow(), tx, optim, {}, seed=1)
+    placed = layout.state_shardings(state, module, mesh)
+    step = make_step(module, objective, tx, optim, {}, seed=1)
     step = jax.jit(layout.on_mesh(step, mesh), out_shardings=(placed, None))
     return mesh, jax.tree.map(np.asarray, state), placed, step
 
 
 @functools.cache
-def run(rule, accumulate=1, sizes=(), without=None):
+def run(rule, accumulate=1, sizes=(), without=None, trained="flow"):
     """(losses, {path: parameter}) after STEPS steps; `without`: a row that does not count."""
-    mesh, state, placed, step = program(rule, accumulate, sizes)
+    mesh, state, placed, step = program(rule, accumulate, sizes, trained)
     losses = []
     with jax.set_mesh(mesh):
         state = jax.device_put(state, placed)
         for number in range(STEPS):
-            rows = batch(number)
+            rows = TRAINED[trained][2](number)
             if without is not None:
                 rows["weight"][without] = 0
             state, metrics = step(state, {"null": jnp.ones((6, 32))}, layout.put_batch(rows, mesh))
@@ -87,6 +100,13 @@ CASES = {
 def test_sharded_is_unsharded(case):
     rule, accumulate, sizes = CASES[case]
     assert apart(run(rule, accumulate, sizes), run(rule)) < BOUND
+
+
+def test_a_text_encoder_is_sharded_as_a_flow_is():
+    """Also what is drawn for each state to recall.  Twice the rounding: two losses of 60 logits each."""
+    whole = run("adamw", trained="text")
+    assert apart(run("adamw", 2, CASES["mix, accumulated"][2], trained="text"), whole) < 4 * BOUND
+    assert apart(run("adamw", without=11, trained="text"), whole) > 100 * BOUND
 
 
 def test_one_row_of_sixteen_would_be_missed():

@@ -104,15 +104,17 @@ def test_recall():
         return jax.jit(lambda params: objective(TOY, Frozen({}, {}), params, rows, keys))(params)
 
     found, plain = terms(LanguageModel(recall)), terms(LanguageModel())
-    back = np.stack([jax.random.randint(key, (9,), 0, recall) for key in keys])
-    assert set(back.ravel()) == {0, 1, 2} and "recall" not in plain.extra
+    back = np.stack([language_model.places_back(key, 9, recall) for key in keys])
+    assert set(back.ravel()) == {0, 1, 2} and (back <= np.arange(9)).all()
+    assert set(plain.extra) == {"accuracy"} and set(found.extra) == {"accuracy", "next", "recall"}
+    np.testing.assert_array_equal(found.extra["next"], plain.loss)
     states = np.float64(TOY.apply({"params": params}, rows["ids"], rows["ids_mask"]))
     table = np.float64(language_model.codes(*params["embedding"].shape))
     for i, length in enumerate(LENGTHS):
         asked, hits = [], []
         for t in range(1, length):
             logits = 30 * np.tanh(table @ np.roll(states[i, t], -(back[i, t] + 1) * (64 // 4)) / 30)
-            token = rows["ids"][i, max(t - back[i, t], 0)]
+            token = rows["ids"][i, t - back[i, t]]
             asked.append(np.log(np.exp(logits).sum()) - logits[token])
             hits.append(logits.argmax() == token)
         np.testing.assert_allclose(found.loss[i] - plain.loss[i], np.mean(asked or [0]), rtol=1e-4, atol=1e-5)
@@ -120,7 +122,8 @@ def test_recall():
     np.testing.assert_array_equal(found.weight, plain.weight)
 
 
-def test_states_learn_to_recall():
+@pytest.mark.parametrize("asked", [True, False])
+def test_states_learn_to_recall(asked):
     """Random tokens cannot be foreseen; those before are in the state after some steps, unless nobody asks."""
     optimizer = optax.adam(1e-2)
     module = TOY.clone(vocab_size=12)
@@ -131,7 +134,7 @@ def test_states_learn_to_recall():
     def step(params, state, ids, key):
         def loss(params):
             terms = LanguageModel(3)(module, Frozen({}, {}), params, rest | {"ids": ids}, jax.random.split(key, 32))
-            return terms.loss.mean(), terms.extra["recall"].mean()
+            return (terms.loss if asked else terms.extra["next"]).mean(), terms.extra["recall"].mean()
 
         (_, recall), grads = jax.value_and_grad(loss, has_aux=True)(params)
         with jax.numpy_dtype_promotion("standard"):
@@ -143,7 +146,7 @@ def test_states_learn_to_recall():
     for number, some in enumerate(ids):
         params, state, recall = step(params, state, some, jax.random.key(number))
         recalls.append(float(recall))
-    assert np.mean(recalls[:2]) < 0.3 and np.mean(recalls[-5:]) > 0.6, recalls
+    assert np.mean(recalls[:2]) < 0.3 and (np.mean(recalls[-5:]) > (0.6 if asked else 0.3)) == asked, recalls
 
 
 def test_needs_nothing():
