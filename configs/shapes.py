@@ -42,7 +42,7 @@ often = dict(checkpoint=Checkpoint(every=1000), log=Log(every=50))
 # too (docs/log.md).
 SCENES = dict(
     turn=0.0, jitter=0.0, grid=1 / 4, apart=0.06, textures=("plain",),
-    kinds=(("one", 0.1), ("two", 0.7), ("alike", 0.18), ("mixed", 0.02)),
+    kinds=(("one", 0.1), ("two", 0.6), ("alike", 0.27), ("mixed", 0.03)),
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ text = Experiment(
     objective=LanguageModel(recall=8),
     data=data(256, 64, TEXTS),
     optim=Optim(rule, lr=2e-3, warmup=100, decay="cosine", clip=1.0, no_decay=(r".*norm/scale",)),
-    steps=2500,
+    steps=5500,
     preview=Preview(every=0),
     **often,
 )
