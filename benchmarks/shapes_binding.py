@@ -83,12 +83,13 @@ def run(argv=None, load=None):
     sana, params = pipeline.sana
     scenes = [scene for scene, _ in facts]
     pictures = painters.painted(scenes, (PATCH * sana.sample_size,) * 2).astype(np.float32) / 127.5 - 1
-    losses = {name: {level: [] for level in LEVELS} for name in sentences(facts)}
+    said = sentences(facts)
+    losses = {name: {level: [] for level in LEVELS} for name in said}
     for begin in range(0, len(facts), batch):
         some = slice(begin, begin + batch)
         x0 = jnp.asarray(pipeline.encode(pictures[some]))
         noise = programs.initial_latents(NOISE, np.arange(begin, begin + batch), x0.shape[1:])
-        for name, prompts in sentences(facts).items():
+        for name, prompts in said.items():
             text = pipeline.encode_prompt(prompts[some])
             for level, found in losses[name].items():
                 found.append(np.asarray(loss(params, x0, noise, jnp.float32(level), *text, sana=sana)))
