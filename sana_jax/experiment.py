@@ -42,7 +42,7 @@ class Data:
     source: Folder, Tar, ArrayRecord, Cached, Synthetic or Shapes of `sana_jax.data`.
     batch: rows of the global batch.
     size: pixels of a side, or of a square of the same area where `buckets`.
-    buckets: pictures keep the nearest of the published aspect ratios.
+    buckets: pictures keep the nearest of the published aspect ratios, or of sizes that are given, ((height, width), ...).
     captions: how one of several captions is chosen.
     tokens: of a caption, BOS included.
     workers, threads: processes of a host that read and decode, and threads in each (or in the one).
@@ -53,7 +53,7 @@ class Data:
     source: Source
     batch: int
     size: int = 512
-    buckets: bool = True
+    buckets: bool | tuple[tuple[int, int], ...] = True
     captions: Captions = Captions()
     tokens: int = 300
     workers: int = 0

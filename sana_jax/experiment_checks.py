@@ -117,13 +117,22 @@ def _batch(config):
     sizes += [config.preview.size] if config.preview.size else []
     for name, size in zip(("data.size", "preview.size"), sizes):
         if size % step:
-            near = max(step, round(size / step) * step)
-            yield f"{name}={size}: must be a multiple of {step}, the pixels of a latent; nearest {near}"
-    if data.buckets and data.size not in BUCKETED:
+            yield f"{name}={size}: must be a multiple of {step}, the pixels of a latent; nearest {_near_multiple(size, step)}"
+    if data.buckets is True and data.size not in BUCKETED:
         yield (
             f"data.buckets=True: aspect ratios are published for data.size of {', '.join(map(str, BUCKETED))}, "
             f"not {data.size}; data.buckets=false takes squares"
         )
+    if isinstance(data.buckets, tuple):
+        if not data.buckets or len(set(data.buckets)) < len(data.buckets):
+            yield f"data.buckets={data.buckets!r}: must be false, true, or different sizes, ((height, width), ...)"
+        for side in sorted({side for shape in data.buckets for side in shape}):
+            if side < step or side % step:
+                yield f"data.buckets: side {side}: must be a multiple of {step}, the pixels of a latent; nearest {_near_multiple(side, step)}"
+
+
+def _near_multiple(size, step):
+    return max(step, round(size / step) * step)
 
 
 def _model(config):

@@ -154,6 +154,23 @@ def test_the_card_says_what_features_were_made_from(folder, tmp_path):
     assert "| data.source | Cached(path=features) |" in card.write(folder, {"flow": run}).read_text()
 
 
+def test_a_card_of_weights_that_go_on(folder, tmp_path):
+    """The runs of the earlier card come first, word for word; a stage of the same name is refused."""
+    for name, loss in (("first", 0.5), ("second", 0.25), ("third", 0.125)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(describe(make_config(tmp_path / name, SANA))))
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n')
+    at_once = card.write(folder, {name: tmp_path / name for name in ("first", "second", "third")}).read_text()
+    earlier = card.write(folder, {name: tmp_path / name for name in ("first", "second")})
+    one_by_one = card.write(folder, {"third": tmp_path / "third"}, earlier=earlier).read_text()
+    assert one_by_one == at_once and at_once.count("| 0.125 |") == at_once.count("| 0.5 |") == 1
+    with pytest.raises(InputError, match="run='second': .*MODEL_CARD.md tells of one"):
+        card.write(folder, {"second": tmp_path / "second"}, earlier=earlier)
+    for other in (tmp_path / "absent.md", tmp_path / "first" / "config.json"):
+        with pytest.raises(InputError, match=f"earlier='{other}'"):
+            card.write(folder, {"third": tmp_path / "third"}, earlier=other)
+
+
 def test_the_card_and_the_size(folder, tmp_path, capsys):
     for stage, model in (("flow", SANA), ("text", GEMMA2)):
         (tmp_path / stage).mkdir()

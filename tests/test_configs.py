@@ -26,7 +26,7 @@ BEFORE = {
     "dc_ae_2k": "runs/dc_ae_1k",
     "dc_ae_4k": "runs/dc_ae_2k",
     ("shapes", "autoencoder_256"): "autoencoder",
-    ("shapes", "flow_512"): "flow",
+    ("shapes", "flow_sizes"): "flow",
 }
 
 

@@ -1,8 +1,10 @@
 """MODEL_CARD.md of a pipeline folder that goes into the box: words here, every number from files.
 
     python -m sana_jax.bundled.card FOLDER --run text=RUN --run flow=RUN ... [--scores GenEval-Shapes=summary.json]
+        [--earlier MODEL_CARD.md]
 
 A run is a workdir of train.py: its recipe is in config.json, its log in metrics.jsonl and timing.jsonl.
+Where weights go on from others, the card of those tells of the runs before.
 Scores are any JSON object of numbers.  Refuses a folder that is too large for the repository.
 Exit status: 0, or 2 with one line that says what is wrong.
 """
@@ -10,6 +12,7 @@ Exit status: 0, or 2 with one line that says what is wrong.
 import json
 import math
 import pathlib
+import re
 import sys
 
 from sana_jax import extras
@@ -52,21 +55,27 @@ training lose their sense.
 """
 
 
-def write(folder, runs, scores=()):
+def write(folder, runs, scores=(), earlier=None):
     """Writes the card into `folder`; returns its path.
 
     Args:
       runs: {stage: workdir}.
       scores: {title: JSON file}.
+      earlier: the card of weights that these runs began with; its runs come first.
     Raises:
-      InputError: no pipeline, no run, nothing readable, or a folder that is too large.
+      InputError: no pipeline, no run, nothing readable, a stage that the earlier card tells of already, or a
+        folder that is too large.
     """
     folder = pathlib.Path(folder)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout")
     parts = [ABOUT, "## Parts\n", *_parts(folder), "## Recipe\n"]
-    for stage, run in dict(runs).items():
-        parts += [f"### {stage}\n", *_recipe(run), *_log(run)]
+    before, runs = _told(earlier) if earlier else {}, dict(runs)
+    if both := sorted(before.keys() & runs.keys()):
+        raise InputError(f"run={both[0]!r}: {earlier} tells of one; give it another name")
+    parts += before.values()
+    for stage, run in runs.items():
+        parts += [_stage(stage), *_recipe(run), *_log(run)]
     for title, file in dict(scores).items():
         parts += [f"## {title}\n", _table(("what", "value"), facts(read_json(pathlib.Path(file))))]
     parts += [LIMITS, "## Files\n", *_files(folder)]
@@ -122,6 +131,23 @@ def _parts(folder):
     words = said.pop("vocabulary", [])
     listed = [(name, _shown(value) or "none") for name, value in sorted(said.items())]
     yield _table(("sana_jax.json", ""), [*listed, ("vocabulary", f"{len(words)} words")])
+
+
+def _stage(name):
+    return f"### {name}\n"
+
+
+def _told(card):
+    """{stage: text} of the runs in a card."""
+    try:
+        text = pathlib.Path(card).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"earlier={str(card)!r}: {error}") from None
+    stages = re.search(r"^## Recipe\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^### (.+)\n((?:(?!^### ).*\n)*)", stages[1], re.MULTILINE) if stages else []
+    if not found:
+        raise InputError(f"earlier={str(card)!r}: no card, it tells of no runs")
+    return {name: _stage(name) + body.rstrip("\n") + "\n" for name, body in found}
 
 
 def _recipe(run):
@@ -182,9 +208,10 @@ def main(argv=None):
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--run", action="append", required=True, metavar="STAGE=RUN", help="a workdir of train.py")
     parser.add_argument("--scores", action="append", default=[], metavar="TITLE=FILE", help="a JSON object of numbers")
+    parser.add_argument("--earlier", metavar="CARD", help="the card of the weights that these runs began with: its runs come first")
     args = parser.parse_args(argv)
     try:
-        print(write(args.folder, map(_pair, args.run), map(_pair, args.scores)))
+        print(write(args.folder, map(_pair, args.run), map(_pair, args.scores), args.earlier))
     except InputError as error:
         print(f"sana_jax.bundled.card: error: {error}", file=sys.stderr)
         return 2

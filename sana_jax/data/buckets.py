@@ -1,4 +1,4 @@
-"""Which size of batch every record belongs to: one square, or the nearest published aspect ratio."""
+"""Which size of batch every record belongs to: one square, or the nearest of the published or of some other sizes."""
 
 import numpy as np
 
@@ -6,32 +6,60 @@ from sana_jax.errors import InputError
 from sana_jax.resolution import PATCH, bins
 
 
-def shapes(size, aspect):
-    """((height, width), ...) in pixels, by rising height / width; one square without `aspect`.
+def shapes(size, choice):
+    """((height, width), ...) in pixels: one square, the published ones by rising height / width, or those that are named.
 
-    Raises InputError: no aspect ratios are published for `size`.
+    Args:
+      choice: `Data.buckets`: False, True, or ((height, width), ...).
+    Raises:
+      InputError: no aspect ratios are published for `size`, or an empty choice.
     """
-    if not aspect:
+    if isinstance(choice, tuple):
+        if not choice:
+            raise InputError("data.buckets=(): must be false, true, or sizes, ((height, width), ...)")
+        return choice
+    if not choice:
         return ((size, size),)
     table = bins(size // PATCH) if size % PATCH == 0 else None
     if table is None:
         raise InputError(
             f"data.size={size}: aspect ratios are published for 512, 1024, 2048 and 4096 only; "
-            "data.buckets=false takes squares of any size"
+            "data.buckets=false takes squares of any size, and ((height, width), ...) sizes of your own"
         )
     return tuple(table[ratio] for ratio in sorted(table))
 
 
-def assign(sizes, size):
-    """int64 [n], the place in `shapes(size, aspect=True)` for pictures of `sizes` [n 2] (width, height).
+def assign(sizes, size, choice=True):
+    """int64 [n], the place in `shapes(size, choice)` for pictures of `sizes` [n 2] (width, height).
 
-    The nearest by height / width to the ratio that the table names, the lower of two that are as
-    near: as published, and as `resolution.painted_size` does.  Unreadable ones (0 0) are squares.
+    Of the published ones the nearest by height / width to the ratio that the table names, the lower of two
+    that are as near: as published, and as `resolution.painted_size` does; unreadable ones (0 0) are squares.
+    Of named ones the nearest by the logarithms of height and width, the first of several; unreadable ones are
+    as if `size` x `size`.
     """
-    ratios = np.array(sorted(bins(size // PATCH)))
     width, height = np.asarray(sizes, np.float64).reshape(-1, 2).T
-    ratio = np.divide(height, width, out=np.ones(len(height)), where=(width > 0) & (height > 0))
+    known = (width > 0) & (height > 0)
+    if isinstance(choice, tuple):
+        sides = np.where(known[:, None], np.stack([height, width], axis=1), float(size))
+        apart = np.log(sides)[:, None] - np.log(np.array(choice, np.float64))
+        return np.sum(apart**2, axis=-1).argmin(axis=1)
+    if not choice:
+        return np.zeros(len(width), np.int64)
+    ratios = np.array(sorted(bins(size // PATCH)))
+    ratio = np.divide(height, width, out=np.ones(len(height)), where=known)
     return np.searchsorted((ratios[1:] + ratios[:-1]) / 2, ratio, side="left")
+
+
+def divide(reader, size, choice):
+    """(shapes, members, counts) of a reader's records: `members` is None where there is one shape for all.
+
+    Raises InputError: as `shapes`, or as the reader's sizes.
+    """
+    found = shapes(size, choice)
+    if len(found) == 1:
+        return found, None, (len(reader),)
+    parts = members(assign(reader.sizes, size, choice), len(found))
+    return found, parts, tuple(map(len, parts))
 
 
 def members(places, count):

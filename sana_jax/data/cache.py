@@ -123,7 +123,7 @@ def _describe(config, options, reader, tokenize, constants):
         "shard_records": options.shard_records,
         "source": reader.fingerprint(),
         "size": data.size,
-        "buckets": data.buckets,
+        "buckets": experiment.describe(data.buckets),
         "dc_ae": state_hash(constants.params["dc_ae"]),
         "scaling_factor": constants.modules["dc_ae"].scaling_factor,
         "dc_ae_dtype": np.dtype(constants.modules["dc_ae"].dtype).name,
@@ -185,7 +185,7 @@ class _Work:
         self.shapes = buckets.shapes(config.data.size, config.data.buckets)
         self.paint = layout.painter(reader, mesh)
         sizes = reader.sizes
-        self.places = buckets.assign(sizes, config.data.size) if config.data.buckets else np.zeros(len(sizes), int)
+        self.places = buckets.assign(sizes, config.data.size, config.data.buckets)
 
     def make(self, out, names):
         """Writes the shards `names` that are not there.  Returns {reason: bad records}."""

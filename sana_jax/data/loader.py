@@ -64,10 +64,7 @@ class Loader:
             raise InputError(f"data.batch={data.batch}: must be a multiple of the {hosts} processes")
         if len(reader) == 0:
             raise InputError("data.source: holds no record")
-        shapes, members, counts = buckets.shapes(data.size, data.buckets), None, (len(reader),)
-        if data.buckets:
-            members = buckets.members(buckets.assign(reader.sizes, data.size), len(shapes))
-            counts = tuple(map(len, members))
+        shapes, members, counts = buckets.divide(reader, data.size, data.buckets)
         self._batch = Assemble(
             reader=reader,
             schedule=Schedule(counts, data.batch, seed),
@@ -191,4 +188,4 @@ class Loader:
 def _shape(reader, data, index):
     """(height, width) in pixels of the batches with record `index`."""
     shapes = buckets.shapes(data.size, data.buckets)
-    return shapes[buckets.assign(reader.sizes[index : index + 1], data.size)[0] if data.buckets else 0]
+    return shapes[buckets.assign(reader.sizes[index : index + 1], data.size, data.buckets)[0] if len(shapes) > 1 else 0]

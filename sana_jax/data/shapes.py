@@ -26,6 +26,7 @@ class Shapes:
 
     records: how many there are; by default more than a run can see.
     aspects: height / width of the pictures, in turn.
+    scales: of their sides, one for every turn of `aspects`, in turn: (1.0, 2.0) is `size` and twice that.
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
 
@@ -49,6 +50,7 @@ class Shapes:
     apart: float | None = shapes_scene.WHOLE.apart
     textures: tuple[str, ...] = shapes_scene.WHOLE.textures
     kinds: tuple[tuple[str, float], ...] = shapes_scene.WHOLE.kinds
+    scales: tuple[float, ...] = (1.0,)
 
     def open(self):
         """A `ShapesReader`.  Raises InputError: a field that has another value than it may."""
@@ -59,6 +61,9 @@ class Shapes:
         _require_tuple("data.source.aspects", self.aspects)
         for aspect in self.aspects:
             require_range("data.source.aspects", aspect, 1 / 8, 8, float)
+        _require_tuple("data.source.scales", self.scales)
+        for scale in self.scales:
+            require_range("data.source.scales", scale, 1 / 16, 16, float)
         require_range("data.source.turn", self.turn, 0, math.pi, float)
         if self.apart is not None:  # with more, four medium things find hardly any room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
@@ -110,16 +115,16 @@ class ShapesReader:
                 f"data.source.records={len(self)}: at most {TABLED} where a list of all sizes is wanted, as "
                 "data.buckets and features do"
             )
-        aspects = self.source.aspects
-        table = [(self.source.size * width, self.source.size * height) for width, height in map(_extent, aspects)]
-        return np.rint(table).astype(np.int32)[np.arange(len(self)) % len(aspects)]
+        sides = [self.source.size * scale for scale in self.source.scales]
+        table = [(side * width, side * height) for side in sides for width, height in map(_extent, self.source.aspects)]
+        return np.rint(table).astype(np.int32)[np.arange(len(self)) % len(table)]
 
     def fingerprint(self):
         # What came later is left out where it changes nothing: runs begun before it go on.
         said = [
             f"{field.name}={getattr(self.source, field.name)!r}"
             for field in dataclasses.fields(self.source)
-            if field.name not in shapes_scene.Freedom._fields or getattr(self.source, field.name) != field.default
+            if field.name not in (*shapes_scene.Freedom._fields, "scales") or getattr(self.source, field.name) != field.default
         ]
         return hashlib.sha256(f"({VERSION}, Shapes({', '.join(said)}))".encode()).hexdigest()[:32]
 

@@ -25,6 +25,7 @@ def seen(run_dir, count):
 
     Raises InputError: no folder of a run, or one that was not trained on a source of shapes or on features of one.
     """
+    from sana_jax.data import buckets
     from sana_jax.data.cached import Cached, made_from
     from sana_jax.data.schedule import Schedule  # of grain, which sampling does without
     from sana_jax.training import initialise, reading
@@ -36,15 +37,19 @@ def seen(run_dir, count):
         path, source = source["path"], dict(made_from(source["path"]))
         if not source:
             raise InputError(f"{path}: cache.json does not say what it was made from; the command that made it, given again, adds it")
-    if source.pop("class", None) != Shapes.__name__ or data.get("buckets"):
-        raise InputError(f"run={str(run_dir)!r}: is not of Shapes without buckets, whose order of scenes is known here")
+    if source.pop("class", None) != Shapes.__name__:
+        raise InputError(f"run={str(run_dir)!r}: is not of Shapes, whose scenes are known here")
     source, problems = overrides.override(Shapes(), source)
     if problems:
         raise InputError("\n  ".join([f"{pathlib.Path(run_dir)}: data.source", *problems]))
     reader, batch = source.open(), data["batch"]
-    schedule, end = Schedule((len(reader),), batch, config["seed"]), reading.read_meta(run_dir)[1]["samples"]
-    samples = range(max(0, end - count), end)
-    rows = {n: schedule.rows(n)[1] for n in range(samples.start // batch, -(-end // batch))}
+    choice = overrides.convert("data.buckets", data.get("buckets", False), bool | tuple)
+    _, members, counts = buckets.divide(reader, data["size"], choice)
+    schedule, end = Schedule(counts, batch, config["seed"]), reading.read_meta(run_dir)[1]["samples"]
+    samples, rows = range(max(0, end - count), end), {}
+    for number in range(samples.start // batch, -(-end // batch)):
+        bucket, found = schedule.rows(number)
+        rows[number] = found if members is None else members[bucket][found]
     return [reader.scene(int(rows[i // batch][i % batch])) for i in samples], source
 
 

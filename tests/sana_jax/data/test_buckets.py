@@ -34,6 +34,17 @@ def test_one_square_of_any_size():
     assert buckets.shapes(513, False) == ((513, 513),)
 
 
+def test_sizes_of_ones_own():
+    own = ((64, 64), (96, 64), (128, 128), (64, 96))
+    assert buckets.shapes(64, own) == own
+    sizes = [(70, 60), (64, 97), (300, 310), (97, 64), (0, 0), (110, 110), (70, 72)]  # width, height
+    assert buckets.assign(np.array(sizes, np.int32), 64, own).tolist() == [0, 1, 2, 3, 0, 2, 0]
+    assert buckets.assign([(0, 7)], 128, own).tolist() == [2], "unreadable: as data.size"
+    assert buckets.assign([(w, h) for h, w in own], 64, own).tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match=r"data.buckets=\(\): must be false, true, or sizes"):
+        buckets.shapes(64, ())
+
+
 @pytest.mark.parametrize("size", [64, 640, 513, 8192])
 def test_no_aspect_ratios_elsewhere(size):
     with pytest.raises(InputError, match=f"data.size={size}: aspect ratios are published for 512"):

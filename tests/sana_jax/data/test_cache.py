@@ -292,6 +292,16 @@ def test_aspect_ratios(config, tmp_path):
     assert [reader[i].arrays["latent"].shape for i in range(3)] == [(16, 16, 32), (8, 32, 32), (16, 16, 32)]
 
 
+def test_sizes_of_ones_own(config, tmp_path):
+    """Also when the same command is given again, to a folder that it has begun."""
+    own = with_source(config, Synthetic(3, 64, aspects=(1.0, 0.25)), size=64, buckets=((64, 64), (32, 128)))
+    cache.make(own, tmp_path / "out", dataclasses.replace(OPTIONS, text=False, batch=4))
+    for shard in (tmp_path / "out").glob("*.array_record"):
+        shard.unlink()
+    cache.make(own, tmp_path / "out", dataclasses.replace(OPTIONS, text=False, batch=4))
+    assert Cached(str(tmp_path / "out")).open().sizes.tolist() == [[64, 64], [128, 32], [64, 64]]
+
+
 @pytest.mark.parametrize("text, words", [("{", "JSON"), ("{}", "rows"), (None, "cannot be read")])
 def test_a_cache_that_says_nothing(made, tmp_path, text, words):
     if text is not None:

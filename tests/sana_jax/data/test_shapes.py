@@ -92,6 +92,19 @@ def test_buckets_need_a_table_of_sizes():
     assert shapes == set(loader.layouts) == {(512, 512), (1024, 256)}
 
 
+def test_batches_of_several_sizes():
+    """Scales take their turn where aspects have had theirs; the scenes do not hear of it."""
+    source = Shapes(records=64, size=64, aspects=(1.0, 4.0), scales=(1.0, 1.0, 2.0))
+    reader, own = source.open(), ((64, 64), (128, 32), (128, 128), (256, 64))
+    assert reader.sizes[:7].tolist() == [[64, 64], [32, 128], [64, 64], [32, 128], [128, 128], [64, 256], [64, 64]]
+    plain = Shapes(records=64, size=64, aspects=(1.0, 4.0)).open()
+    assert [reader.scene(i) for i in range(64)] == [plain.scene(i) for i in range(64)]
+    assert reader.fingerprint() != plain.fingerprint()
+    with Loader(reader, Data(batch=4, size=64, buckets=own), inputs=("image",)) as loader:
+        found = [loader.shape for _ in range(14) if next(loader)]  # an epoch
+    assert set(loader.layouts) == set(own) and all(found.count(shape) == n for shape, n in zip(own, (5, 5, 2, 2)))
+
+
 def test_what_can_be_wrong_is_told(monkeypatch):
     monkeypatch.setattr(check, "SCENES", 300)
     found = check.check(Shapes().open(), size=64, aspect=False)

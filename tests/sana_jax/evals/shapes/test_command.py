@@ -9,13 +9,16 @@ import warnings
 import numpy as np
 import pytest
 
-from sana_jax.data.schedule import Schedule
+from sana_jax import overrides
 from sana_jax.data.cached import write_meta
+from sana_jax.data.loader import Loader
+from sana_jax.data.schedule import Schedule
 from sana_jax.data.shapes import Shapes
 from sana_jax.errors import InputError
 from sana_jax.evals.shapes import __main__ as command
 from sana_jax.evals.shapes import neighbours, painters, report
 from sana_jax.evals.shapes.prompts import TAGS, meaning, prompts
+from sana_jax.experiment import Data
 from sana_jax.pipeline import Pipeline
 from sana_jax.stacks import STACKS
 from sana_jax.text import Instruction, Vocabulary
@@ -221,6 +224,19 @@ def test_painters_of_training_scenes_are_told(trained):
         assert all(low <= of["ratio"] <= high for of in found.values())
 
 
+def test_scenes_of_a_run_in_buckets_are_known_too(trained, tmp_path):
+    """In the order of its batches, each of one size."""
+    run_dir, sizes = shutil.copytree(trained, tmp_path / "run"), ((64, 64), (128, 32))
+    source = dataclasses.replace(SOURCE, records=99, size=64, aspects=(1.0, 4.0))
+    config = json.loads((run_dir / "config.json").read_text())
+    config["data"] |= {"source": overrides.describe(source), "buckets": sizes, "size": 64}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    reader = source.open()
+    with Loader(reader, Data(source, 8, 64, sizes), inputs=("image",)) as loader:
+        shown = [reader.scene(int(key.removeprefix("shapes-"))) for key in loader.where(range(40))]
+    assert neighbours.seen(run_dir, 1000) == (shown, source) and len({scene.height for scene in shown[:8]}) == 1
+
+
 def test_fresh_scenes_are_not_those_of_training(monkeypatch):
     """Of one thing on a coarse grid; half of what the source has is known."""
     source = Shapes(turn=0.0, jitter=0.0, grid=0.25, textures=("plain",), kinds=(("one", 1.0),))
@@ -250,7 +266,7 @@ def test_runs_on_features_of_shapes_are_known_too(trained, tmp_path):
 
 def test_runs_whose_order_is_not_known(trained, tmp_path):
     runs.make_run(tmp_path, runs.DC_AE)
-    with pytest.raises(InputError, match="is not of Shapes without buckets"):
+    with pytest.raises(InputError, match="is not of Shapes, whose scenes"):
         neighbours.seen(tmp_path, 10)
 
 
