@@ -85,12 +85,13 @@ def _field(text):
 
 def _said(run, config):
     """The fields of `extras` that a flow run decides."""
-    preview = config.get("preview") or {}
+    preview, tokenizer = config.get("preview") or {}, frozen.tokenizer_folder(run)
     return {
         "max_sequence_length": (config.get("data") or {}).get("tokens"),
         "steps": preview.get("steps"),
         "guidance_scale": preview.get("guidance_scale"),
-        "vocabulary": vocabulary.read_words(frozen.tokenizer_folder(run)),
+        # Beside the tokenizer of a run; a pipeline has them in a file of its own.
+        "vocabulary": vocabulary.read_words(tokenizer) or extras.read(tokenizer.parent).get("vocabulary"),
     }
 
 

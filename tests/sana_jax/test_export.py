@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from sana_jax import components, export, loading
+from sana_jax import components, export, extras, loading
 from sana_jax.data.vocabulary import Words, learn
 from sana_jax.errors import InputError
 from sana_jax.experiment import Frozen
@@ -103,6 +103,15 @@ def test_components_stand_in_for_runs(runs, tmp_path, pipeline_folder):
     for (module, params), model in ((pipeline.dc_ae, DC_AE), ((pipeline.text.gemma2, pipeline.text.params), GEMMA2)):
         assert module.param_dtype == jnp.bfloat16
         assert_equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(model, 3)))
+
+
+def test_the_words_of_a_pipeline_come_along(runs, tmp_path, pipeline_folder):
+    """Of one whose text encoder a run took over: the words are in its sana_jax.json, not beside its tokenizer."""
+    export.export(runs / "flow", tmp_path / "again", text=pipeline_folder)
+    assert extras.read(tmp_path / "again")["vocabulary"] == extras.read(pipeline_folder)["vocabulary"]
+    (shutil.copytree(pipeline_folder, tmp_path / "plain") / extras.FILE).unlink()
+    export.export(runs / "flow", tmp_path / "wordless", text=tmp_path / "plain")
+    assert "vocabulary" not in extras.read(tmp_path / "wordless")
 
 
 def test_what_cannot_be_exported(runs, tmp_path, capsys):
