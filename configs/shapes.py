@@ -118,11 +118,14 @@ flow = Experiment(
 )  # fmt: skip
 # The same positions on twice as fine a grid, and on wide and tall ones: a quarter of the pictures has 512 pixels, and a
 # third of all is not square.
-SIZES = tuple((scale * high, scale * wide) for scale in (1, 2) for high, wide in ((256, 256), (320, 224), (224, 320)))
+SIZES = tuple((scale * high, scale * wide) for scale in (1, 2) for high, wide in ((256, 256), (288, 224), (224, 288)))
 flow_sizes = dataclasses.replace(
     flow,
     name="flow_sizes",
-    data=data(256, 64, PROMPTS, SIZES, aspects=(1.0, 1.0, 10 / 7, 1.0, 1.0, 7 / 10), scales=(1.0, 1.0, 1.0, 2.0), **SCENES),
+    data=data(
+        256, 64, PROMPTS, SIZES, records=1_000_000,  # the buckets need a table of them
+        aspects=(1.0, 1.0, 9 / 7, 1.0, 1.0, 7 / 9), scales=(1.0, 1.0, 1.0, 2.0), **SCENES,
+    ),  # fmt: skip
     init=Init("stage:flow"),
     optim=Optim(muon, lr=1e-3, warmup=200, decay="cosine", clip=1.0, ema=0.999),
     steps=4000,

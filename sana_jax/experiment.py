@@ -41,8 +41,9 @@ class Data:
 
     source: Folder, Tar, ArrayRecord, Cached, Synthetic or Shapes of `sana_jax.data`.
     batch: rows of the global batch.
-    size: pixels of a side, or of a square of the same area where `buckets`.
-    buckets: pictures keep the nearest of the published aspect ratios, or of sizes that are given, ((height, width), ...).
+    size: pixels of a side, or of a square of the same area where `buckets` is true.
+    buckets: pictures keep the nearest of the published aspect ratios; or they become the nearest of sizes that are
+      given, ((height, width), ...), and then `size` is that of pictures that do not tell theirs, and of previews.
     captions: how one of several captions is chosen.
     tokens: of a caption, BOS included.
     workers, threads: processes of a host that read and decode, and threads in each (or in the one).

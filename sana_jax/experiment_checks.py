@@ -18,12 +18,13 @@ from sana_jax.parameters import parameter_shapes
 from sana_jax.resolution import PATCH
 from sana_jax.training.objectives import Autoencoder, Flow, LanguageModel
 
+LARGEST = 2**14  # pixels of a side
 POSITIVE, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 RANGES = {  # field: (least, greatest); None is always fine where the annotation allows it
     "steps": (1, 2**31 - 1),
     "seed": (0, 2**31 - 1),
     "data.batch": (1, 2**20),
-    "data.size": (1, 2**14),
+    "data.size": (1, LARGEST),
     "data.tokens": (2, 4096),
     "data.workers": (0, 1024),
     "data.threads": (1, 1024),
@@ -57,7 +58,7 @@ RANGES = {  # field: (least, greatest); None is always fine where the annotation
     "checkpoint.keep_every": (1, math.inf),
     "log.every": (1, math.inf),
     "preview.every": (0, math.inf),
-    "preview.size": (1, 2**14),
+    "preview.size": (1, LARGEST),
     "preview.steps": (1, 1000),
     "preview.seed": (0, 2**31 - 1),
     "reliability.hang_seconds": (POSITIVE, math.inf),
@@ -121,14 +122,15 @@ def _batch(config):
     if data.buckets is True and data.size not in BUCKETED:
         yield (
             f"data.buckets=True: aspect ratios are published for data.size of {', '.join(map(str, BUCKETED))}, "
-            f"not {data.size}; data.buckets=false takes squares"
+            f"not {data.size}; data.buckets=false takes squares, ((height, width), ...) sizes of your own"
         )
     if isinstance(data.buckets, tuple):
         if not data.buckets or len(set(data.buckets)) < len(data.buckets):
             yield f"data.buckets={data.buckets!r}: must be false, true, or different sizes, ((height, width), ...)"
         for side in sorted({side for shape in data.buckets for side in shape}):
-            if side < step or side % step:
-                yield f"data.buckets: side {side}: must be a multiple of {step}, the pixels of a latent; nearest {_near_multiple(side, step)}"
+            if not 0 < side <= LARGEST or side % step:
+                near = _near_multiple(min(side, LARGEST), step)
+                yield f"data.buckets: side {side}: must be a multiple of {step}, the pixels of a latent, up to {LARGEST}; nearest {near}"
 
 
 def _near_multiple(size, step):

@@ -5,8 +5,9 @@
 
 Of a flow run the folder is a whole pipeline: the transformer with the autoencoder and the text encoder
 that it was trained with, and what a caller need not say, since the run does: the instruction, the
-tokens of a prompt, steps and guidance scale of its previews, the words of its captions.  Of any other run it is that component alone, a language model with its
-tokenizer.  DIR must be new or empty and is whole or absent in the end.
+tokens of a prompt, steps and guidance scale of its previews, the words of its captions.  Of any other
+run it is that component alone, a language model with its tokenizer.  DIR must be new or empty and is
+whole or absent in the end.
 Exit status: 0, or 2 with one line that says what is wrong.
 """
 
@@ -90,9 +91,13 @@ def _said(run, config):
         "max_sequence_length": (config.get("data") or {}).get("tokens"),
         "steps": preview.get("steps"),
         "guidance_scale": preview.get("guidance_scale"),
-        # Beside the tokenizer of a run; a pipeline has them in a file of its own.
-        "vocabulary": vocabulary.read_words(tokenizer) or extras.read(tokenizer.parent).get("vocabulary"),
+        "vocabulary": vocabulary.read_words(tokenizer) or _words_of_pipeline(tokenizer.parent),
     }
+
+
+def _words_of_pipeline(folder):
+    """The words in the sana_jax.json of a pipeline, whose tokenizer has none beside it; None where there are none."""
+    return extras.read(folder).get("vocabulary") if (folder / "model_index.json").is_file() else None
 
 
 class Run(NamedTuple):

@@ -8,6 +8,9 @@ import re
 import pytest
 
 from sana_jax import experiment
+from sana_jax.aot import programs
+from sana_jax.data import buckets
+from sana_jax.data.shapes import Shapes
 from sana_jax.models.dc_ae import DCAE
 from sana_jax.models.sana import SANA_1_5_4800M, SANA_600M, SANA_1600M, SANA_1600M_4K, Sana
 from sana_jax.stacks import NVLABS
@@ -43,6 +46,9 @@ def test_it_loads(name):
         if isinstance(stage.model, Sana):
             assert stage.data.size == 32 * stage.model.sample_size
             assert stage.model == stage.model.clone(**NVLABS.sana_fields())
+        if isinstance(stage.data.source, Shapes):
+            reader = stage.data.source.open()
+            assert min(buckets.divide(reader, stage.data.size, stage.data.buckets)[2]) >= stage.data.batch
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,6 +79,16 @@ def test_the_recipes():
     grown = load("sana_1_5_4800m_1024")
     assert grown.init.grow == 18 and grown.model.depth == SANA_1_5_4800M.depth == 60 and grown.model.qk_norm
     assert load("sana_1600m_1024_finetune").optim.lr == 2e-5
+
+
+def test_one_stage_learns_several_sizes():
+    stage = load("shapes").stages[-1]
+    assert programs.shapes_of(stage)[0] == (512, 512), "what a plan for memory looks at first"
+    reader = stage.data.source.open()
+    shapes, _, counts = buckets.divide(reader, stage.data.size, stage.data.buckets)
+    shares = {shape: count / len(reader) for shape, count in zip(shapes, counts)}
+    assert sum(share for shape, share in shares.items() if max(shape) > 300) == pytest.approx(1 / 4, abs=0.001)
+    assert sum(share for (height, width), share in shares.items() if height != width) == pytest.approx(1 / 3, abs=0.001)
 
 
 def test_dc_ae_stages_leave_pixels_alone():

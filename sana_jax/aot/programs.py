@@ -138,9 +138,9 @@ def _structure(source, cls, known):
 
 
 def shapes_of(config):
-    """Every (height, width) of the experiment's batches, the most square first."""
+    """Every (height, width) of the experiment's batches, the most square first, of these the largest."""
     found = buckets.shapes(config.data.size, config.data.buckets)
-    return sorted(found, key=lambda shape: abs(shape[0] / shape[1] - 1))
+    return sorted(found, key=lambda shape: (abs(shape[0] / shape[1] - 1), -shape[0] * shape[1]))
 
 
 def sampler(name, mesh, size=1024, batch=1, steps=None, tokens=300, kernels="auto"):

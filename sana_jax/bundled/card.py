@@ -29,7 +29,7 @@ LARGEST, LARGEST_FILE = 20_000_000, 16 * 2**20  # bytes of the folder, and of on
 PARTS = {"transformer": "Linear-DiT", "vae": "DC-AE", "text_encoder": "Gemma-2"}
 ROWS = 8  # of a log
 RECIPE = (  # of config.json, as far as a run has them
-    "name", "steps", "seed", "data.source", "data.batch", "data.size", "data.tokens", "optim.rule", "optim.lr", "optim.warmup",
+    "name", "steps", "seed", "data.source", "data.captions", "data.batch", "data.size", "data.buckets", "data.tokens", "optim.rule", "optim.lr", "optim.warmup",
     "optim.decay", "optim.clip", "optim.ema", "objective", "init.weights", "frozen.dc_ae", "frozen.text", "model.dtype",
 )  # fmt: skip
 

@@ -12,11 +12,11 @@ def shapes(size, choice):
     Args:
       choice: `Data.buckets`: False, True, or ((height, width), ...).
     Raises:
-      InputError: no aspect ratios are published for `size`, or an empty choice.
+      InputError: no aspect ratios are published for `size`, or a choice that is none.
     """
-    if isinstance(choice, tuple):
-        if not choice:
-            raise InputError("data.buckets=(): must be false, true, or sizes, ((height, width), ...)")
+    if not isinstance(choice, bool):
+        if not isinstance(choice, tuple) or not choice or len(set(choice)) < len(choice):
+            raise InputError(f"data.buckets={choice!r}: must be false, true, or different sizes, ((height, width), ...)")
         return choice
     if not choice:
         return ((size, size),)
@@ -35,14 +35,16 @@ def assign(sizes, size, choice=True):
     Of the published ones the nearest by height / width to the ratio that the table names, the lower of two
     that are as near: as published, and as `resolution.painted_size` does; unreadable ones (0 0) are squares.
     Of named ones the nearest by the logarithms of height and width, the first of several; unreadable ones are
-    as if `size` x `size`.
+    as if `size` x `size`.  The time and memory of these go with how many sizes are different.
     """
+    if not isinstance(choice, bool):
+        different, inverse = np.unique(np.asarray(sizes).reshape(-1, 2), axis=0, return_inverse=True)
+        known = np.all(different > 0, axis=1, keepdims=True)
+        sides = np.where(known, different, size)[:, ::-1].astype(np.float64)
+        apart = np.log(sides)[:, None] - np.log(np.array(choice, np.float64))
+        return np.sum(apart**2, axis=-1).argmin(axis=1)[inverse.reshape(-1)]
     width, height = np.asarray(sizes, np.float64).reshape(-1, 2).T
     known = (width > 0) & (height > 0)
-    if isinstance(choice, tuple):
-        sides = np.where(known[:, None], np.stack([height, width], axis=1), float(size))
-        apart = np.log(sides)[:, None] - np.log(np.array(choice, np.float64))
-        return np.sum(apart**2, axis=-1).argmin(axis=1)
     if not choice:
         return np.zeros(len(width), np.int64)
     ratios = np.array(sorted(bins(size // PATCH)))

@@ -67,7 +67,7 @@ def check(
     found, shapes = Findings(records=len(reader)), buckets.shapes(size, aspect)
     if hasattr(reader, "paint"):
         found.records = min(found.records, SCENES)
-    places = buckets.assign(reader.sizes, size, aspect) if aspect else np.zeros(found.records, int)
+    places = buckets.assign(reader.sizes, size, aspect) if len(shapes) > 1 else np.zeros(found.records, int)
 
     look = _Look(shapes, captions, tokens, inputs, texts, pixels)
     try:

@@ -22,7 +22,7 @@ TABLED = 2**24  # records of which the sizes may be asked for at once
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Pictures of about size x size pixels.
+    """Pictures of about size x size pixels, times `scales`.
 
     records: how many there are; by default more than a run can see.
     aspects: height / width of the pictures, in turn.
@@ -117,7 +117,7 @@ class ShapesReader:
             )
         sides = [self.source.size * scale for scale in self.source.scales]
         table = [(side * width, side * height) for side in sides for width, height in map(_extent, self.source.aspects)]
-        return np.rint(table).astype(np.int32)[np.arange(len(self)) % len(table)]
+        return np.maximum(1, np.rint(table)).astype(np.int32)[np.arange(len(self)) % len(table)]
 
     def fingerprint(self):
         # What came later is left out where it changes nothing: runs begun before it go on.

@@ -26,7 +26,7 @@ def seen(run_dir, count):
     Raises InputError: no folder of a run, or one that was not trained on a source of shapes or on features of one.
     """
     from sana_jax.data import buckets
-    from sana_jax.data.cached import Cached, made_from
+    from sana_jax.data.cached import Cached, made_from, read_meta
     from sana_jax.data.schedule import Schedule  # of grain, which sampling does without
     from sana_jax.training import initialise, reading
 
@@ -35,6 +35,9 @@ def seen(run_dir, count):
     source = dict(data.get("source") or {})
     if source.get("class") == Cached.__name__:  # row i is row i of what it was made from
         path, source = source["path"], dict(made_from(source["path"]))
+        meta = read_meta(path)
+        if other := [name for name in ("size", "buckets") if meta.get(name, data.get(name)) != data.get(name)]:
+            raise InputError(f"run={str(run_dir)!r}: has other data.{', data.'.join(other)} than its features in {path}, so its order is not known here")
         if not source:
             raise InputError(f"{path}: cache.json does not say what it was made from; the command that made it, given again, adds it")
     if source.pop("class", None) != Shapes.__name__:
@@ -58,7 +61,8 @@ def nearest(pipeline, pictures, scenes, source):
 
     Args:
       pictures: uint8 [n H W 3], painted by the model.
-      scenes, source: of training, one scene or more, as `seen` has them; fresh ones are like them.
+      scenes, source: of training, one scene or more, as `seen` has them; fresh ones are like them.  All are painted
+        in the size of `pictures`: of a run of several sizes those of another aspect as large as fits.
     Returns:
       {"pixels", "latents": {"sampled", "fresh": [n] rms distance to the nearest}}, of pixels in [0, 1].
     """

@@ -41,8 +41,9 @@ def test_sizes_of_ones_own():
     assert buckets.assign(np.array(sizes, np.int32), 64, own).tolist() == [0, 1, 2, 3, 0, 2, 0]
     assert buckets.assign([(0, 7)], 128, own).tolist() == [2], "unreadable: as data.size"
     assert buckets.assign([(w, h) for h, w in own], 64, own).tolist() == [0, 1, 2, 3]
-    with pytest.raises(InputError, match=r"data.buckets=\(\): must be false, true, or sizes"):
-        buckets.shapes(64, ())
+    for wrong in ((), ((64, 64), (64, 64)), [(64, 64), (96, 64)]):
+        with pytest.raises(InputError, match="must be false, true, or different sizes"):
+            buckets.shapes(64, wrong)
 
 
 @pytest.mark.parametrize("size", [64, 640, 513, 8192])

@@ -259,6 +259,9 @@ def test_runs_on_features_of_shapes_are_known_too(trained, tmp_path):
     config["data"]["source"] = {"class": "Cached", "path": str(features)}
     (run_dir / "config.json").write_text(json.dumps(config))
     assert neighbours.seen(run_dir, 11) == neighbours.seen(trained, 11)
+    write_meta(features, meta | {"made_from": {"class": "Shapes"}, "size": 32, "buckets": [[32, 32]]})
+    with pytest.raises(InputError, match=r"has other data.size, data.buckets than its features in .*features, so its order"):
+        neighbours.seen(run_dir, 11)
     write_meta(features, meta)
     with pytest.raises(InputError, match="features: cache.json does not say what it was made from; the command"):
         neighbours.seen(run_dir, 11)
