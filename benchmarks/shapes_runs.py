@@ -134,10 +134,10 @@ def command(name, run):
     return main
 
 
-def open_runs(args, load=None):
-    """The `Runs` of these arguments."""
+def open_runs(args, load=None, per_category=None):
+    """The `Runs` of these arguments, or of another number of pictures per category."""
     size = {"height": args.height, "width": args.width}
-    per_category = 1 if args.smoke else args.images_per_category
+    per_category = 1 if args.smoke else args.images_per_category if per_category is None else per_category
     return Runs((load or painters.load)(args.model), args.output, per_category, batch=args.batch_size, **size)
 
 

@@ -30,7 +30,7 @@ class Painter(toy_shapes.Known):
 
     def generate(self, asked, *, seed, first_image, height, width, steps=20, output="uint8", **options):
         self.calls += 1
-        by_prompt = {line["prompt"]: line for line in prompts("seen", 2)}
+        by_prompt = {line["prompt"]: line for line in prompts("seen", 3)}
         some = [by_prompt[text] for text in asked]
         truth = painters.truth((height, width), seed)(some, first_image)
         if output == "uint8":
@@ -60,7 +60,10 @@ def test_solver_and_guidance_write_their_pages(docs):
     same = rows["flow-euler", 3]["difference"]
     assert same["low"] < same["score"] == 0 < same["high"]  # six pictures alike are no proof
     assert rows["flow-euler", 2]["score"]["score"] == 0 and rows["flow-euler", 2]["difference"]["score"] < -0.5
+    (promise,) = written["promises"]
+    assert promise["steps"] == 2 and promise["score"] < -0.5 and promise["images"] == 6
     page = (docs / "solver.md").read_text()
+    assert "Flow-DPM-Solver, 2 steps, less Euler, 3 steps, 6 pictures: -" in page and ", inside +-1.0" in page
     assert "| Euler | 2 | 0.000 [0.000, " in page and "Not measured yet" not in page
     assert ElementTree.parse(docs / "solver.svg").getroot().tag.endswith("svg")
     calls = painter.calls
@@ -69,6 +72,17 @@ def test_solver_and_guidance_write_their_pages(docs):
     assert (docs / "solver.md").read_text() == page
     shapes_guidance.main(flags, lambda model: painter)
     assert "| 4.5 (the model) | " in (docs / "guidance.md").read_text()
+
+
+def test_a_promise_is_of_more_pictures_and_may_be_broken(docs, monkeypatch):
+    monkeypatch.setattr(shapes_solver, "ways", lambda smoke: [("flow-dpm-solver", 4), ("flow-euler", 3), ("flow-dpm-solver", 3)])
+    flags = ["--output", str(docs / "out"), "--docs", str(docs), "--images-per-category", "1", "--images-per-promise", "3"]
+    for way, status in ((("flow-dpm-solver", 2), 1), (("flow-dpm-solver", 4), 0)):  # grey below 3 steps
+        monkeypatch.setattr(shapes_solver, "promises", lambda smoke: ({way: 0.7}, ("flow-euler", 3)))
+        assert shapes_solver.main([*flags, "--batch-size", "6"], lambda model: Painter()) == status
+        written = json.loads((docs / "out" / "shapes_solver.json").read_text())
+        assert written["images"] == 6 and [promise["images"] for promise in written["promises"]] == [18]
+        assert ("NOT inside" in (docs / "solver.md").read_text()) == bool(status)
 
 
 def test_toy_sizes_do_not_write_into_the_documents(docs, monkeypatch):
@@ -83,6 +97,7 @@ def test_toy_sizes_do_not_write_into_the_documents(docs, monkeypatch):
     "script, flags, problem",
     [
         (shapes_solver, ["--images-per-category", "0"], "shapes_solver: error: images_per_category=0: must be"),
+        (shapes_solver, ["--images-per-promise", "0"], "shapes_solver: error: images_per_promise=0: must be"),
         (shapes_guidance, ["--batch-size", "0"], "shapes_guidance: error: batch_size=0: must be"),
         (shapes_guidance, ["--docs", "nowhere", "--smoke"], "shapes_guidance: error: [Errno 2] No such file"),
     ],

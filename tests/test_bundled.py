@@ -163,9 +163,12 @@ def test_a_card_of_weights_that_go_on(folder, tmp_path):
     at_once = card.write(folder, {name: tmp_path / name for name in ("first", "second", "third")}).read_text()
     earlier = card.write(folder, {name: tmp_path / name for name in ("first", "second")})
     one_by_one = card.write(folder, {"third": tmp_path / "third"}, earlier=earlier).read_text()
-    assert one_by_one == at_once and at_once.count("| 0.125 |") == at_once.count("| 0.5 |") == 1
+    assert card.main([str(folder), "--earlier", str(folder / card.CARD)]) == 0  # for new scores
+    assert one_by_one == at_once == (folder / card.CARD).read_text() and at_once.count("| 0.125 |") == at_once.count("| 0.5 |") == 1
     with pytest.raises(InputError, match="run='second': .*MODEL_CARD.md tells of one"):
         card.write(folder, {"second": tmp_path / "second"}, earlier=earlier)
+    with pytest.raises(InputError, match="run: none given, and no earlier card"):
+        card.write(folder, {})
     for other in (tmp_path / "absent.md", tmp_path / "first" / "config.json"):
         with pytest.raises(InputError, match=f"earlier='{other}'"):
             card.write(folder, {"third": tmp_path / "third"}, earlier=other)

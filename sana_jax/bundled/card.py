@@ -4,7 +4,8 @@
         [--earlier MODEL_CARD.md]
 
 A run is a workdir of train.py: its recipe is in config.json, its log in metrics.jsonl and timing.jsonl.
-Where weights go on from others, the card of those tells of the runs before.
+Where weights go on from others, the card of those tells of the runs before; for new scores of the same
+weights it tells of all.
 Scores are any JSON object of numbers.  Refuses a folder that is too large for the repository.
 Exit status: 0, or 2 with one line that says what is wrong.
 """
@@ -50,8 +51,9 @@ what they ask for is not painted.  An empty prompt, or one without a known word,
 kind.  What cannot be (nine circles, one circle on both sides of another) gives the nearest thing that it
 has learned.  What its flow saw last is a smaller world than its autoencoder's: things stand upright in three
 exact sizes, their centres on the nine places of a 3 by 3 grid, before plain backgrounds, and it paints that.
-How well it paints combinations that training never showed is among the scores.  Sizes far from that of
-training lose their sense.
+How well it paints combinations that training never showed is among the scores.  At sizes that its flow has not
+seen it paints things of the same pixels, and fills the room of a larger picture with more of them than
+the prompt says.
 """
 
 
@@ -63,7 +65,7 @@ def write(folder, runs, scores=(), earlier=None):
       scores: {title: JSON file}.
       earlier: the card of weights that these runs began with; its runs come first.
     Raises:
-      InputError: no pipeline, no run, nothing readable, a stage that the earlier card tells of already, or a
+      InputError: no pipeline, neither a run nor an earlier card, nothing readable, a stage that the earlier card tells of already, or a
         folder that is too large.
     """
     folder = pathlib.Path(folder)
@@ -71,6 +73,8 @@ def write(folder, runs, scores=(), earlier=None):
         raise InputError(f"{folder}: has no model_index.json, is not a pipeline in diffusers layout")
     parts = [ABOUT, "## Parts\n", *_parts(folder), "## Recipe\n"]
     before, runs = _told(earlier) if earlier else {}, dict(runs)
+    if not before and not runs:
+        raise InputError("run: none given, and no earlier card that tells of one; a card says what its weights are from")
     if both := sorted(before.keys() & runs.keys()):
         raise InputError(f"run={both[0]!r}: {earlier} tells of one; give it another name")
     parts += before.values()
@@ -206,7 +210,7 @@ def _pair(text):
 def main(argv=None):
     parser = Parser(prog="python -m sana_jax.bundled.card", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--run", action="append", required=True, metavar="STAGE=RUN", help="a workdir of train.py")
+    parser.add_argument("--run", action="append", default=[], metavar="STAGE=RUN", help="a workdir of train.py")
     parser.add_argument("--scores", action="append", default=[], metavar="TITLE=FILE", help="a JSON object of numbers")
     parser.add_argument("--earlier", metavar="CARD", help="the card of the weights that these runs began with: its runs come first")
     args = parser.parse_args(argv)

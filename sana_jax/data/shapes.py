@@ -27,10 +27,13 @@ class Shapes:
     records: how many there are; by default more than a run can see.
     aspects: height / width of the pictures, in turn.
     scales: of their sides, one for every turn of `aspects`, in turn: (1.0, 2.0) is `size` and twice that.
+    grow: things do so with the picture, lengths are shares of its shorter side.  Else lengths are shares of `size`, which
+      the shorter side has, times its scale: things, their grid and distances are as many pixels in all pictures, and a
+      larger one has more room.
     seed: other pictures.
     held_out: only scenes with what no other has, see `shapes_scene.is_held_out`; else none of them.
 
-    What makes the world smaller, for a model that is; lengths are shares of the shorter side:
+    What makes the world smaller, for a model that is; lengths as `grow` says:
     turn: of a thing at most, radians to either side.
     jitter: of a thing's radius, to either side of that of its size.
     grid: things lie at multiples of it; None is anywhere.
@@ -51,6 +54,7 @@ class Shapes:
     textures: tuple[str, ...] = shapes_scene.WHOLE.textures
     kinds: tuple[tuple[str, float], ...] = shapes_scene.WHOLE.kinds
     scales: tuple[float, ...] = (1.0,)
+    grow: bool = True
 
     def open(self):
         """A `ShapesReader`.  Raises InputError: a field that has another value than it may."""
@@ -64,6 +68,12 @@ class Shapes:
         _require_tuple("data.source.scales", self.scales)
         for scale in self.scales:
             require_range("data.source.scales", scale, 1 / 16, 16, float)
+        require_choice("data.source.grow", self.grow, (False, True))
+        if not self.grow and min(self.scales) < 1:
+            raise InputError(
+                f"data.source.scales={self.scales!r}: must be at least 1 with data.source.grow=False, things that do not "
+                "shrink need the room"
+            )
         require_range("data.source.turn", self.turn, 0, math.pi, float)
         if self.apart is not None:  # with more, four medium things find hardly any room
             require_range("data.source.apart", self.apart, 0, 0.1, float)
@@ -116,7 +126,8 @@ class ShapesReader:
                 "data.buckets and features do"
             )
         sides = [self.source.size * scale for scale in self.source.scales]
-        table = [(side * width, side * height) for side in sides for width, height in map(_extent, self.source.aspects)]
+        extents = [_extent(aspect, self.source.grow) for aspect in self.source.aspects]
+        table = [(side * width, side * height) for side in sides for width, height in extents]
         return np.maximum(1, np.rint(table)).astype(np.int32)[np.arange(len(self)) % len(table)]
 
     def fingerprint(self):
@@ -124,7 +135,7 @@ class ShapesReader:
         said = [
             f"{field.name}={getattr(self.source, field.name)!r}"
             for field in dataclasses.fields(self.source)
-            if field.name not in (*shapes_scene.Freedom._fields, "scales") or getattr(self.source, field.name) != field.default
+            if field.name not in (*shapes_scene.Freedom._fields, "scales", "grow") or getattr(self.source, field.name) != field.default
         ]
         return hashlib.sha256(f"({VERSION}, Shapes({', '.join(said)}))".encode()).hexdigest()[:32]
 
@@ -133,10 +144,12 @@ class ShapesReader:
 
     def scene(self, i, rng=None):
         """The Scene of record i."""
-        aspect = self.source.aspects[i % len(self.source.aspects)]
-        width, height = _extent(aspect)
-        short = min(width, height)
-        return shapes_scene.sample(rng or self._rng(i), width / short, height / short, self.source.held_out, self._freedom)
+        turn, place = divmod(i, len(self.source.aspects))
+        width, height = _extent(self.source.aspects[place])
+        unit = min(width, height)
+        if not self.source.grow:
+            unit /= self.source.scales[turn % len(self.source.scales)]
+        return shapes_scene.sample(rng or self._rng(i), width / unit, height / unit, self.source.held_out, self._freedom)
 
     def __getitem__(self, i):
         """The Record, with "scene" float32 [P] in place of a picture."""
@@ -153,6 +166,8 @@ class ShapesReader:
         return np.random.Generator(np.random.Philox(key=np.array([self.source.seed, i], np.uint64)))
 
 
-def _extent(aspect):
-    """(width, height) of a picture of area 1."""
-    return aspect**-0.5, aspect**0.5
+def _extent(aspect, of_area=True):
+    """(width, height) of a picture of area 1, or of one whose shorter side is 1."""
+    width, height = aspect**-0.5, aspect**0.5
+    unit = 1 if of_area else min(width, height)
+    return width / unit, height / unit

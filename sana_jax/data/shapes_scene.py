@@ -1,6 +1,7 @@
 """The world of the bundled model: at most four coloured things on a faintly textured background.
 
-Lengths are in units of the picture's shorter side, x to the right and y down.  All that a scene can
+Lengths are in units of the picture's shorter side (of another length where a source says so, see
+`Shapes.grow`), x to the right and y down.  All that a scene can
 have is in the tables; which combinations no training scene has is in three rules.
 """
 
@@ -169,7 +170,7 @@ def compose(rng, things, width=1.0, height=1.0, related=(), freedom=WHOLE):
     Args:
       things: (shape, colour or None, size or None, count) each; None is drawn, the same for all of them.
       related: (i, relation, j) each: every one of things[i] is clearly so, seen from every one of things[j].
-      width, height: of the picture, in units of its shorter side.
+      width, height: of the picture, in the unit of all lengths.
     Raises:
       InputError: a name that is none, too many things, or no room for them.
     """

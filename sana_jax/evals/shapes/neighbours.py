@@ -67,7 +67,8 @@ def nearest(pipeline, pictures, scenes, source):
       {"pixels", "latents": {"sampled", "fresh": [n] rms distance to the nearest}}, of pixels in [0, 1].
     """
     n, *size, _ = pictures.shape
-    reader = dataclasses.replace(source, seed=FRESH_SEED, aspects=(size[0] / size[1],)).open()
+    room = source.scales if source.grow else (max(1.0, min(size) / source.size),)
+    reader = dataclasses.replace(source, seed=FRESH_SEED, aspects=(size[0] / size[1],), scales=room).open()
     known = set(map(_look, scenes))
     others = (scene for scene in map(reader.scene, itertools.count()) if _look(scene) not in known)
     fresh = painters.through(pipeline, painters.painted(list(itertools.islice(others, n)), size))

@@ -13,7 +13,7 @@ from sana_jax import overrides, sharding
 from sana_jax.data import check, shapes_render
 from sana_jax.data.loader import Loader
 from sana_jax.data.shapes import TABLED, Shapes
-from sana_jax.data.shapes_scene import is_held_out
+from sana_jax.data.shapes_scene import COLOURS, SIZES, is_held_out
 from sana_jax.errors import InputError
 from sana_jax.training import layout, previews
 from tests import sample_runs
@@ -103,6 +103,35 @@ def test_batches_of_several_sizes():
     with Loader(reader, Data(batch=4, size=64, buckets=own), inputs=("image",)) as loader:
         found = [loader.shape for _ in range(14) if next(loader)]  # an epoch
     assert set(loader.layouts) == set(own) and all(found.count(shape) == n for shape, n in zip(own, (5, 5, 2, 2)))
+
+
+def test_things_that_keep_their_pixels():
+    """The same sizes, grid and distances in pixels whatever the picture; with `grow` shares of its shorter side."""
+    fields = dict(records=96, size=64, aspects=(1.0, 5 / 4), scales=(1.0, 2.0), turn=0.0, jitter=0.0, grid=1 / 4, apart=0.06)
+    radii, farthest = {True: set(), False: set()}, 0
+    for grow in (True, False):
+        reader = Shapes(**fields, grow=grow).open()
+        for i, (width, height) in enumerate(reader.sizes.tolist()):
+            scene = reader.scene(i)
+            pixels = height / scene.height  # in a unit
+            places = np.array([(thing.x, thing.y) for thing in scene.things]) * pixels
+            radii[grow] |= {round(thing.radius * pixels) for thing in scene.things}
+            if not grow:
+                assert pixels == width / scene.width == 64 and np.all(places % 16 == 0)
+                farthest = max(farthest, places.max())
+            image = shapes_render.paint(shapes_render.pack(scene)[None], height, width, np)[0]
+            for thing, (x, y) in zip(scene.things, places):
+                if thing.shape in ("circle", "square", "star", "cross"):  # which have their middle
+                    assert np.abs(image[int(y), int(x)] * 255 - COLOURS[thing.colour]).max() < 1
+        if not grow:
+            assert reader.sizes[:4].tolist() == [[64, 64], [64, 80], [128, 128], [128, 160]]
+    assert len(radii[False]) == len(SIZES) < len(radii[True])
+    assert farthest > 112, "the room of larger pictures is used"
+    assert Shapes(**fields, grow=False).open().fingerprint() != Shapes(**fields).open().fingerprint()
+    with pytest.raises(InputError, match="data.source.grow=2: "):
+        Shapes(grow=2).open()
+    with pytest.raises(InputError, match=r"data.source.scales=\(1.0, 0.5\): must be at least 1 with data.source.grow=False"):
+        Shapes(scales=(1.0, 0.5), grow=False).open()
 
 
 def test_what_can_be_wrong_is_told(monkeypatch):
