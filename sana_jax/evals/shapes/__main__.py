@@ -39,6 +39,8 @@ def parse(argv):
     add("--flow-shift", type=float)
     add("--height", type=int, help="pixels; the model's if left out, as is what is not said of the others")
     add("--width", type=int)
+    add("--unit", type=int, metavar="PIXELS", help="the side of a picture whose things have their pixels at every size; "
+        "the shorter side if left out: things grow with the picture")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="pictures painted at once (16)")
     add("--minimum", type=float, help="exit with status 1 if the score is below")
@@ -73,12 +75,14 @@ def run(args, load):
     pipeline = load(args.model)
     options = sampling(args, pipeline)
     size = options["height"], options["width"]
-    settings = {name: getattr(args, name) for name in ("split", "seed", "batch_size")} | options
+    if args.unit is not None:
+        require_range("unit", args.unit, SMALLEST, min(size))
+    settings = {name: getattr(args, name) for name in ("split", "seed", "batch_size", "unit")} | options
     settings |= painters.identity(pipeline, args.split)
     folder = records.open_folder(args.output, settings)
 
     def scored(name, paint, keep=None):
-        return records.evaluate(paint, lines, folder / f"{name}.jsonl", args.batch_size, keep, say)
+        return records.evaluate(paint, lines, folder / f"{name}.jsonl", args.batch_size, keep, say, args.unit)
 
     def path(index):
         return folder / "images" / f"{index:05d}.png"
@@ -95,8 +99,8 @@ def run(args, load):
     found["prompts_with_unknown_words"] = painters.unknown(pipeline, lines)
     if args.controls:
         for name, paint in {
-            "truth": painters.truth(size, args.seed),
-            "reconstruction": painters.reconstructed(pipeline, size, args.seed),
+            "truth": painters.truth(size, args.seed, args.unit),
+            "reconstruction": painters.reconstructed(pipeline, size, args.seed, args.unit),
             "no_text": painters.without_text(pipeline, args.seed, **options),
         }.items():
             found["controls"][name] = report.scores(scored(name, paint))

@@ -7,13 +7,14 @@ Rims are the difficulty: where red meets white there is pink.  So a colour count
 it is thick and does not go round something else, all pixels are then shared among what is present, and
 what is still too thin to be a thing belongs to the thing beside it or to the background.
 
-Lengths are shares of the picture's shorter side, so that one rule holds at every size.
+Lengths are shares of the picture's shorter side, so that one rule holds at every size; or of a length that
+is said, where things keep their pixels whatever the size (`Shapes.grow`).
 """
 
 import numpy as np
 from scipy import ndimage, spatial
 
-from sana_jax.errors import InputError
+from sana_jax.errors import InputError, require_range
 from sana_jax.evals.shapes import outlines, palette
 from sana_jax.evals.shapes.verdict import Found
 
@@ -21,22 +22,25 @@ VERSION = 1  # of what it finds in a picture, and of the verdict on that
 SMALLEST = 128  # pixels a side; a small ring is 7 thick there, and at 96 one verdict in 300 is wrong
 BORDER = 1 / 32  # width of the frame that tells the background
 THICK = 1 / 64  # of what is no rim: the thinnest thing, a small ring, has 0.03
-LEAST = 0.004  # area of a thing, in squares of the shorter side: the smallest, a ring, has 0.01
+LEAST = 0.004  # area of a thing, in squares of that length: the smallest, a ring, has 0.01
 NESTED = 0.5  # of a hole: more of another colour within it makes it a rim
 
 
-def detect(image):
+def detect(image, unit=None):
     """The things in a picture, the largest first.
 
     Args:
       image: uint8 [H W 3], SMALLEST pixels or more a side.
+      unit: pixels of which lengths are shares, SMALLEST or more; the shorter side if left out.
     Returns:
       A list of `Found`; `shape` is "" for what has none of the outlines.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < SMALLEST:
         raise InputError(f"image: {image.dtype} {image.shape}, must be uint8 [H, W, 3] of {SMALLEST} pixels or more a side")
-    unit = min(image.shape[:2])
+    if unit is None:
+        unit = min(image.shape[:2])
+    require_range("unit", unit, SMALLEST, min(image.shape[:2]))
     names, labels, pixels, centres = _shared(image, unit)
     owner, things = np.zeros(labels.shape, np.int32), []  # 0: nobody's; thing k is number k + 1
     for label in range(1, len(names)):

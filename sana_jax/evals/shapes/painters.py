@@ -53,18 +53,21 @@ def without_text(pipeline, seed, **options):
     return lambda lines, numbers: paint([{"prompt": ""}] * len(lines), numbers)
 
 
-def truth(size, seed):
-    """Pictures that the world itself paints of what is asked for: what the detector scores."""
+def truth(size, seed, unit=None):
+    """Pictures that the world itself paints of what is asked for: what the detector scores.
+
+    unit: pixels of which lengths are shares; the shorter side if left out.
+    """
 
     def paint(lines, numbers):
-        return painted([scene(line, i, size, seed) for line, i in zip(lines, numbers)], size)
+        return painted([scene(line, i, size, seed, unit) for line, i in zip(lines, numbers)], size)
 
     return paint
 
 
-def reconstructed(pipeline, size, seed):
+def reconstructed(pipeline, size, seed, unit=None):
     """`truth` through the autoencoder and back: what a perfect transformer would score."""
-    paint = truth(size, seed)
+    paint = truth(size, seed, unit)
     return lambda lines, numbers: through(pipeline, paint(lines, numbers))
 
 
@@ -74,11 +77,11 @@ def through(pipeline, pictures):
     return np.rint(np.asarray(decoded) * 127.5 + 127.5).astype(np.uint8)
 
 
-def scene(line, number, size, seed):
+def scene(line, number, size, seed, unit=None):
     """A Scene of what a line of metadata asks for, nothing else in it."""
     things, relation = asked_for(line)
     rng = np.random.default_rng([TRUTH, seed, number])
-    height, width = (side / min(size) for side in size)
+    height, width = (side / (unit or min(size)) for side in size)
     return world.compose(rng, things, width, height, ((0, relation, 1),) if relation else ())
 
 

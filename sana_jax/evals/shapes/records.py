@@ -52,7 +52,7 @@ def open_folder(folder, settings):
     return folder
 
 
-def evaluate(paint, lines, path, batch, keep=None, say=lambda text: None):
+def evaluate(paint, lines, path, batch, keep=None, say=lambda text: None, unit=None):
     """Rows of all lines, painted and judged where the file does not have them yet.
 
     Batches are always the same lines, so that a run that was interrupted ends in the same bits.
@@ -64,6 +64,7 @@ def evaluate(paint, lines, path, batch, keep=None, say=lambda text: None):
       path: of the JSON lines.
       keep: called with (index, picture) before the row is written.
       say: called with a line of progress.
+      unit: of `detect`.
     """
     rows = read_rows(path)
     for begin in range(0, len(lines), batch):
@@ -77,7 +78,7 @@ def evaluate(paint, lines, path, batch, keep=None, say=lambda text: None):
                 if i not in rows:
                     if keep is not None:
                         keep(i, picture)
-                    rows[i] = row_of(i, lines[i], detect(picture))
+                    rows[i] = row_of(i, lines[i], detect(picture, unit))
                     file.write(json.dumps(rows[i]) + "\n")
         say(f"{path}: {numbers[-1] + 1} of {len(lines)}")
     return [rows[i] for i in range(len(lines))]

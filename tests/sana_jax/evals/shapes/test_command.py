@@ -147,6 +147,8 @@ def test_exit_status_below_the_minimum(whole, capsys):
     [
         (["--split", "sen"], "split='sen': must be one of 'seen', 'held_out', 'phrased'; did you mean 'seen'?"),
         (["--minimum", "90"], "minimum=90.0: must be a number in [0, 1]"),
+        (["--unit", "512"], "unit=512: must be an int in [128, 128]; nearest valid 128"),
+        (["--unit", "128"], "holds a run with unit=None, not 128; give it a folder of its own"),
         (["--height", "100"], "height=100: must be a multiple of 32, 128 or more"),
         (["--images-per-category", "1", "--controls"], "images_per_category=1: too few for --controls, which shuffle"),
         (["--sampler", "euler"], "sampler='euler': must be one of"),

@@ -63,6 +63,22 @@ def test_truth_is_judged_right_and_a_neighbours_prompt_is_not(split):
     assert sum(judge(things, asked).correct for things, asked in zip(found, lines[1:] + lines[:1])) <= 2
 
 
+def test_things_that_keep_their_pixels():
+    """A small triangle of 256 pixels is too small a share of 512; with the unit said it is there."""
+    lines = prompts("seen", 8)
+    pictures = painters.truth((512, 512), 3, unit=256)(lines, range(len(lines)))
+    found = [detect(picture, 256) for picture in pictures]
+    assert all(judge(things, asked).exact for things, asked in zip(found, lines))
+    sizes = [max(right - left, bottom - top) for things in found for left, top, right, bottom in (one.box for one in things)]
+    assert 2 * 256 * min(world.SIZES.values()) * 0.6 < min(sizes) and max(sizes) < 2 * 256 * max(world.SIZES.values()) * 1.1
+    corner = world.Thing("triangle", "red", "small", 1.7, 1.6, world.SIZES["small"], 0.0)
+    small = world.Scene((corner,), "beige", "plain", 2.0, 2.0, (0.2, 0.4, 0.6, 0.8))
+    (picture,) = painters.painted([small], (512, 512))
+    assert named(detect(picture, 256)) == [("triangle", "red")] and detect(picture) == []
+    with pytest.raises(InputError, match=r"unit=1024: must be an int in \[128, 512\]"):
+        detect(picture, 1024)
+
+
 def test_a_wrong_picture_is_told():
     asked = next(asked for asked in prompts("seen", 1) if asked["tag"] == "color_attr")
     (a, one), (b, other) = ((item["class"], item["color"]) for item in asked["include"])
