@@ -100,7 +100,7 @@ def test_a_run_says_what_it_found(whole, capsys):
     assert summary["overall"]["score"] == pytest.approx(5.5 / 6)
     assert summary["overall"]["low"] < 5.5 / 6 < summary["overall"]["high"]
     sampling = {"split": "seen", "seed": 0, "batch_size": 5, "steps": 20, "guidance_scale": 4.5, "sampler": None}
-    sampling |= {"flow_shift": 3.0, "height": SIZE, "width": SIZE}
+    sampling |= {"flow_shift": 3.0, "height": SIZE, "width": SIZE, "unit": None}
     assert summary["settings"] == sampling | painters.identity(painter, "seen")
     assert summary["categories"]["counting"]["prompts"] == 4
     rest = [row for row in rows if not set(row["prompt"].split()) <= {"a", "picture", "of", "circle"}]
