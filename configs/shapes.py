@@ -116,7 +116,7 @@ flow = Experiment(
     ),
     **often,
 )  # fmt: skip
-# A third of the pictures has 512 pixels, and a third of all is not square.  Things keep their pixels, so their tokens are
+# A quarter of the pictures has 512 pixels, and a third of all is not square.  Things keep their pixels, so their tokens are
 # those that the flow knows; where they grew, 115,000 rows were far from enough (docs/log.md).
 SIZES = tuple((scale * high, scale * wide) for scale in (1, 2) for high, wide in ((256, 256), (320, 256), (256, 320)))
 flow_sizes = dataclasses.replace(
@@ -124,7 +124,7 @@ flow_sizes = dataclasses.replace(
     name="flow_sizes",
     data=data(
         256, 64, PROMPTS, SIZES, records=1_000_000,  # the buckets need a table of them
-        aspects=(1.0, 1.0, 5 / 4, 1.0, 1.0, 4 / 5), scales=(1.0, 1.0, 2.0), grow=False, **SCENES,
+        aspects=(1.0, 1.0, 5 / 4, 1.0, 1.0, 4 / 5), scales=(1.0, 1.0, 1.0, 2.0), grow=False, **SCENES,
     ),  # fmt: skip
     init=Init("stage:flow"),
     optim=Optim(muon, lr=1e-3, warmup=200, decay="cosine", clip=1.0, ema=0.999),
