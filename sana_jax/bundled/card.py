@@ -51,9 +51,9 @@ what they ask for is not painted.  An empty prompt, or one without a known word,
 kind.  What cannot be (nine circles, one circle on both sides of another) gives the nearest thing that it
 has learned.  What its flow saw last is a smaller world than its autoencoder's: things stand upright in three
 exact sizes, their centres on the nine places of a 3 by 3 grid, before plain backgrounds, and it paints that.
-How well it paints combinations that training never showed is among the scores.  At sizes that its flow has not
-seen it paints things of the same pixels, and fills the room of a larger picture with more of them than
-the prompt says.
+How well it paints combinations that training never showed is among the scores.  Things have the same pixels in
+pictures of every size.  Where there is room for more of them, as at 512 x 512, counts are often one too many or too few,
+and sometimes a thing is missing; at sizes beyond those that its flow has seen the room fills with things.
 """
 
 
