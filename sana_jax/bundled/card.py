@@ -50,10 +50,10 @@ It knows the words that are listed in sana_jax.json, and nothing but shapes; oth
 what they ask for is not painted.  An empty prompt, or one without a known word, gives any picture of the
 kind.  What cannot be (nine circles, one circle on both sides of another) gives the nearest thing that it
 has learned.  What its flow saw last is a smaller world than its autoencoder's: things stand upright in three
-exact sizes, their centres on the nine places of a 3 by 3 grid, before plain backgrounds, and it paints that.
+exact sizes, their centres on a grid of 64 pixels (3 by 3 places at 256 x 256), before plain backgrounds, and it paints that.
 How well it paints combinations that training never showed is among the scores.  Things have the same pixels in
-pictures of every size.  Where there is room for more of them, as at 512 x 512, counts are often one too many or too few,
-and sometimes a thing is missing; at sizes beyond those that its flow has seen the room fills with things.
+pictures of every size.  Where there is room for more of them, as at 512 x 512, one in eight pictures without a
+count has a thing too many, one in seventeen lacks one, and counts are wrong more often than right.
 """
 
 

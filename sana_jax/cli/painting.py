@@ -24,7 +24,7 @@ PLANNED = (
     "pag_adaptive_scale",
 )  # fmt: skip
 LARGE = 100_000_000  # parameters that make a CPU slow
-ODD = 4  # times more or fewer pixels than those of training: pictures lose their sense
+ODD = 5  # times more or fewer pixels than the model's own, as 640 x 512 has for 256 x 256: pictures lose their sense
 SAVERS = 4  # threads: a PNG of a megapixel takes a third of a second, and Pillow frees the others meanwhile
 
 
