@@ -92,7 +92,7 @@ def test_arguments_override_the_folder(box, painter):
     (_, arguments), = painter.calls
     assert {name: arguments[name] for name in DEFAULTS} == {"steps": 4, "guidance_scale": 5, "max_sequence_length": 9}
     assert "160 x 160: this model was trained at 64 x 64" in err
-    assert run("two stars", "--size", "128x96")[2] == ""
+    assert run("two stars", "--size", "160x128")[2] == ""  # five times as many: a wide one of twice the side
 
 
 def test_prompts_that_it_does_not_know(pipeline, monkeypatch):
