@@ -52,8 +52,8 @@ kind.  What cannot be (nine circles, one circle on both sides of another) gives 
 has learned.  What its flow saw last is a smaller world than its autoencoder's: things stand upright in three
 exact sizes, their centres on a grid of 64 pixels (3 by 3 places at 256 x 256), before plain backgrounds, and it paints that.
 How well it paints combinations that training never showed is among the scores.  Things have the same pixels in
-pictures of every size.  Where there is room for more of them, as at 512 x 512, one in eight pictures without a
-count has a thing too many, one in seventeen lacks one, and counts are wrong more often than right.
+pictures of every size.  Where there is room for more of them, as at 512 x 512, a picture may have a thing too many
+or lack one, and counts are wrong more often than right.
 """
 
 
