@@ -53,7 +53,7 @@ has learned.  What its flow saw last is a smaller world than its autoencoder's: 
 exact sizes, their centres on a grid of 64 pixels (3 by 3 places at 256 x 256), before plain backgrounds, and it paints that.
 How well it paints combinations that training never showed is among the scores.  Things have the same pixels in
 pictures of every size.  Where there is room for more of them, as at 512 x 512, a picture may have a thing too many
-or lack one, and counts are wrong more often than right.
+or, more seldom, lack one, and counts are often wrong.
 """
 
 
